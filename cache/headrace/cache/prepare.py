@@ -1,0 +1,193 @@
+"""Before staging: what the reference points to now, and the snapshot that stands for it.
+
+What a reference pointed to is remembered in the store and believed for as long as `revalidate` says;
+a revision that can never change needs no question at all. With the origin down, what is staged serves.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from dataclasses import dataclass, field
+
+from headrace.cache import config, signature
+from headrace.cache.config import Config
+from headrace.cache.digest import XXH3
+from headrace.cache.errors import HeadraceError, NotStaged, OriginUnavailable
+from headrace.cache.grid import DEFAULT_CHUNK
+from headrace.cache.manifest import Manifest
+from headrace.cache.origins.options import OriginOptions
+from headrace.cache.origins.protocol import Origin
+from headrace.cache.progress import Progress
+from headrace.cache.reference import Reference
+from headrace.cache.resolve import Requirement, Resolution, resolve
+from headrace.cache.selection import Skipped
+from headrace.cache.snapshot import Selection, Snapshot
+from headrace.cache.stager import StagerLimits
+from headrace.cache.store import Domain, Store
+
+_COMMIT = re.compile(r"^[0-9a-f]{40}$")
+_HOLD_TRIES = 10
+
+
+@dataclass(frozen=True, slots=True)
+class StageRequest:
+    """What to stage, and how. None stands for what the configuration says.
+
+    Attributes:
+        reference: as the user typed it.
+        name: what it is to be remembered as, if not by its reference.
+        workers: processes, this one included; 0 by cores and size.
+    """
+
+    reference: str
+    root: str | None = None
+    domain: str | None = None
+    selection: Selection = field(default_factory=Selection)
+    revalidate: str | None = None
+    require: str | None = None
+    keys: tuple[str, ...] = ()
+    workers: int | None = None
+    chunk: int = DEFAULT_CHUNK
+    algorithm: str = XXH3
+    options: OriginOptions | None = None
+    limits: StagerLimits = field(default_factory=StagerLimits)
+    name: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A snapshot, held until `close`, and how to fill it.
+
+    Attributes:
+        name: the reference it is remembered by.
+        headers: bytes already read from the origin (see `Resolution`).
+        hold: descriptor that keeps the snapshot from eviction.
+    """
+
+    snapshot: Snapshot
+    manifest: Manifest
+    name: str
+    hold: int
+    skipped: tuple[Skipped, ...] = ()
+    headers: dict[str, bytes] = field(default_factory=dict)
+
+    def close(self) -> None:
+        os.close(self.hold)
+
+
+async def prepare(
+    domain: Domain,
+    store: Store,
+    request: StageRequest,
+    settings: Config,
+    reference: Reference,
+    origin: Origin,
+    progress: Progress,
+) -> Prepared:
+    """Decide which snapshot a request means, and make its folder.
+
+    Raises:
+        HeadraceError: the origin refuses, or offers less than is required.
+    """
+    name = request.name or str(reference)
+    requirement = _requirement(request, settings, reference)
+    remembered = domain.resolved(name, request.selection)
+    if remembered is not None:
+        snapshot, resolved = remembered
+        age = config.max_age(request.revalidate or settings.revalidate)
+        fresh = age is None or time.time() - resolved.resolved <= age or _immutable(reference)
+        if fresh and _satisfies(snapshot, requirement):
+            hold = snapshot.hold()
+            if hold is not None:
+                return Prepared(snapshot, snapshot.manifest(), name, hold)
+    if request.revalidate == "never" and remembered is None and settings.revalidate == "never":
+        progress.note(f"{name} was never resolved here, so the origin is asked once.")
+    try:
+        resolution = await resolve(
+            origin,
+            request.selection,
+            chunk=request.chunk,
+            algorithm=request.algorithm,
+            requirement=requirement,
+            known=lambda plain: _stored(domain, plain),
+        )
+    except OriginUnavailable as error:
+        staged = domain.resolved(name, request.selection, complete=True)
+        if staged is None or not _satisfies(staged[0], requirement):
+            raise
+        hold = staged[0].hold()
+        if hold is None:
+            raise
+        progress.note(f"the origin cannot be reached ({error}), so {name} is served as staged earlier.")
+        return Prepared(staged[0], staged[0].manifest(), name, hold)
+    return _make(domain, store, request, name, resolution, progress)
+
+
+def _make(
+    domain: Domain, store: Store, request: StageRequest, name: str, resolution: Resolution, progress: Progress
+) -> Prepared:
+    manifest = resolution.manifest
+    if (previous := domain.resolved(name, request.selection)) is not None and not manifest.published:
+        changed = previous[0].id != manifest.snapshot_id(domain.name)
+        if changed:
+            progress.note(
+                f"{name} changed and has no published chunk digests, so changed files are fetched whole: "
+                f"`headrace publish` makes new revisions move only what changed."
+            )
+    for _ in range(_HOLD_TRIES):
+        snapshot = domain.make_snapshot(manifest, store.tmp)
+        hold = snapshot.hold()
+        if hold is not None:
+            break
+    else:
+        raise NotStaged(
+            f"{name} is being evicted again and again while it is staged: stop `headrace gc` meanwhile."
+        )
+    stored = snapshot.manifest()
+    if stored != manifest and (manifest.published or not stored.published):
+        snapshot.replace_manifest(manifest)
+    else:
+        manifest = stored
+    snapshot.add_name(name, request.selection)
+    return Prepared(snapshot, manifest, name, hold, resolution.skipped, resolution.headers)
+
+
+def _requirement(request: StageRequest, settings: Config, reference: Reference) -> Requirement:
+    """What the configuration requires of the origin; a request may only ask for more."""
+    rule = settings.rule(reference).requirement
+    level = "signed" if "signed" in (rule.level, request.require) else request.require or rule.level
+    keys = tuple(signature.public_key(k) for k in request.keys) or rule.keys
+    return Requirement(level, keys)
+
+
+def _satisfies(snapshot: Snapshot, requirement: Requirement) -> bool:
+    if requirement.level is None:
+        return True
+    try:
+        manifest = snapshot.manifest()
+        if requirement.level == "signed":
+            signature.verify(manifest, requirement.keys, snapshot.id)
+    except HeadraceError:
+        return False
+    return manifest.published
+
+
+def _immutable(reference: Reference) -> bool:
+    return (
+        reference.scheme == "hf"
+        and reference.revision is not None
+        and bool(_COMMIT.match(reference.revision))
+    )
+
+
+def _stored(domain: Domain, plain: Manifest) -> Manifest | None:
+    """The manifest of the same snapshot, if this store has it, with the pins of now."""
+    snapshot = domain.snapshot(plain.snapshot_id(domain.name))
+    try:
+        stored = snapshot.manifest()
+    except NotStaged:
+        return None
+    pins = {f.path: f.pin for f in plain.files if f.pin is not None}
+    return stored.pinned(pins, plain.uri or "", plain.revision)

@@ -1,0 +1,458 @@
+"""The stager: fills the objects of one snapshot, chunk by chunk, verified, and links it.
+
+Several stagers (threads, processes, worker processes of one run) may work on the same snapshot: every
+chunk is claimed by a kernel lock before it is fetched, so each is fetched once; when a stager dies its
+claims die with it, and the others, who poll, take over. Order is the manifest's, so that whole tensors
+are there early; what a reader waits for goes first.
+
+Crash story: `object` and `snapshot` hold it; the stager itself keeps no state on disk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeVar
+
+from headrace.cache import disk, reuse
+from headrace.cache import object as objects
+from headrace.cache.chunkmap import ABSENT
+from headrace.cache.digest import Hasher, hasher
+from headrace.cache.errors import HeadraceError, IntegrityError, NoSpace
+from headrace.cache.growth import ConnectionGrowth
+from headrace.cache.manifest import Manifest, ManifestFile
+from headrace.cache.object import ObjectSpec, ObjectWriter
+from headrace.cache.origins.protocol import Origin
+from headrace.cache.progress import Progress
+from headrace.cache.snapshot import Snapshot
+from headrace.cache.sources import ChunkSource, LocalSource, OriginSource
+from headrace.cache.store import Domain, Store
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+_POLL_FIRST, _POLL_MOST = 0.002, 0.1
+_SAMPLE = 0.5
+_TICK = 0.01
+_THREADS = 8
+_SYNC_EVERY = 1 << 30
+_CORRUPT_TRIES = 3
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class StagerLimits:
+    """Bounds of one stager.
+
+    Attributes:
+        span: bytes of one request; adjacent chunks are asked for together up to this.
+        connections: never more than this many requests at once.
+        reserve: bytes of the file system that stay free.
+    """
+
+    span: int = 16 << 20
+    connections: int = 64
+    reserve: int = 64 << 20
+
+
+@dataclass
+class _Filling:
+    """An object that this stager fills: the first file of the manifest with its content."""
+
+    file: ManifestFile
+    writer: ObjectWriter
+    flying: set[int] = field(default_factory=set)
+    cursor: int = 0
+    syncing: bool = False
+    completing: bool = False
+    done: bool = False
+    tries: dict[int, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _Span:
+    """Claimed adjacent chunks [first, last) of one object, all from one source."""
+
+    filling: _Filling
+    first: int
+    last: int
+    source: ChunkSource
+
+
+class _Corrupt(Exception):
+    """A chunk whose digest does not fit."""
+
+    def __init__(self, index: int) -> None:
+        super().__init__(index)
+        self.index = index
+
+
+class Stager:
+    """One stager's run over one snapshot; `run` it once."""
+
+    def __init__(
+        self,
+        store: Store,
+        domain: Domain,
+        snapshot: Snapshot,
+        manifest: Manifest,
+        origin: Origin,
+        progress: Progress,
+        *,
+        headers: dict[str, bytes] | None = None,
+        limits: StagerLimits | None = None,
+        announce: Callable[[], None] = lambda: None,
+    ) -> None:
+        """
+        Args:
+            headers: bytes already read from the origin: the start of files, by path.
+            announce: called when every object exists and can be opened for reading.
+        """
+        self._announce = announce
+        self._store = store
+        self._domain = domain
+        self._snapshot = snapshot
+        self._manifest = manifest
+        self._origin = origin
+        self._progress = progress
+        self._headers = headers or {}
+        self._limits = limits or StagerLimits()
+        self._all: list[_Filling] = []
+        self._open: list[_Filling] = []
+        self._sources: list[ChunkSource] = [OriginSource(origin)]
+        self._growth = ConnectionGrowth(limit=self._limits.connections)
+        self._fetchers = 0
+        self._moved = 0
+        # Writes and syncs run here; the pool ends before any descriptor is closed.
+        self._pool = ThreadPoolExecutor(_THREADS, "headrace-stager")
+
+    async def run(self) -> None:
+        """Fill, complete and link everything.
+
+        Raises:
+            NoSpace, OriginError, IntegrityError, StoreError: with what is verified kept.
+        """
+        try:
+            with disk.translate(self._snapshot.path, "staging"):
+                await self._in_thread(self._open_objects)
+                self._announce()
+                await self._in_thread(self._look_around)
+                self._progress.phase = "staging"
+                await self._fill()
+                self._progress.phase = "completing"
+                files = self._domain.object_files(self._manifest)
+                await self._in_thread(self._snapshot.link, files, self._store.tmp)
+                await self._in_thread(self._snapshot.relink, files)
+                self._snapshot.touch_used()
+        except NoSpace as error:
+            raise self._how_much_is_missing(error) from error
+        finally:
+            self._pool.shutdown(wait=True)
+            for filling in self._all:
+                filling.writer.close()
+
+    async def _in_thread(self, work: Callable[..., T], *args: object) -> T:
+        """Run in the pool; when cancelled, wait until it is over: a claim must outlive its writes."""
+        job = asyncio.get_running_loop().run_in_executor(self._pool, work, *args)
+        try:
+            return await asyncio.shield(job)
+        except asyncio.CancelledError:
+            await asyncio.wait([job])
+            raise
+
+    # -- opening
+
+    def _open_objects(self) -> None:
+        by_id: dict[str, ManifestFile] = {}
+        for file in self._manifest.files:
+            by_id.setdefault(self._manifest.object_id(self._domain.name, file), file)
+        self._check_space(by_id)
+        with self._store.structure(exclusive=False):
+            for object_id, file in by_id.items():
+                key = file.content_key(self._manifest.uri, self._manifest.algorithm)
+                spec = ObjectSpec(object_id, key, file.grid, self._manifest.algorithm)
+                folder = self._domain.object(object_id)
+                objects.create(spec, folder, self._store.tmp)
+                writer = ObjectWriter(folder, spec)
+                self._all.append(_Filling(file, writer))
+                self._progress.present += writer.present_bytes()
+
+    def _check_space(self, by_id: dict[str, ManifestFile]) -> None:
+        needed = sum(f.size for i, f in by_id.items() if not self._domain.object(i).path.exists())
+        free = disk.free_bytes(self._store.root) - self._limits.reserve
+        if needed > free:
+            raise NoSpace("", missing=needed - free)
+
+    def _how_much_is_missing(self, error: NoSpace) -> NoSpace:
+        missing = error.missing
+        if not missing:
+            left = sum(f.size for f in self._manifest.files) - self._progress.done
+            missing = max(0, left + self._limits.reserve - disk.free_bytes(self._store.root))
+        return NoSpace(
+            f"the store {str(self._store.root)!r} has too little space for {self._manifest.uri}: {missing} bytes are "
+            f"missing; free them with `headrace gc`, or choose another disk with --root.",
+            missing,
+        )
+
+    def _look_around(self) -> None:
+        """Take what is on this disk already, and the headers that resolving has read."""
+        for filling in self._all:
+            writer = filling.writer
+            if writer.full:
+                continue
+            if reuse.adopt_twin(self._domain, filling.file, writer):
+                self._progress.add("local", filling.file.size, len(filling.file.grid))
+                continue
+            self._use_header(filling)
+        self._open = [f for f in self._all if not f.writer.complete]
+        if any(f.file.chunks is not None for f in self._open):
+            chunks = reuse.LocalChunks(self._domain, self._manifest.algorithm)
+            self._sources.insert(0, LocalSource(chunks))
+
+    def _use_header(self, filling: _Filling) -> None:
+        """The header chunk, which was read to find the grid, is not read again."""
+        head = self._headers.get(filling.file.path)
+        grid = filling.file.grid
+        if head is None or filling.file.chunks is not None:
+            return
+        # A header longer than a chunk covers several; only whole ones are of use.
+        last = sum(1 for end in grid.offsets[1:] if end <= len(head))
+        for index in range(last):
+            if filling.writer.claim(index, index + 1):
+                sink = _ChunkSink(filling, index, index + 1, self._progress, "origin")
+                sink.put(memoryview(head)[slice(*grid.span(index, index + 1))])
+                filling.writer.release(index, index + 1)
+
+    # -- filling
+
+    async def _fill(self) -> None:
+        try:
+            async with asyncio.TaskGroup() as group:
+                self._group = group
+                watch = group.create_task(self._watch())
+                self._grow()
+                while self._open:
+                    self._finish_full()
+                    await asyncio.sleep(_TICK)
+                watch.cancel()
+        except BaseExceptionGroup as errors:
+            raise _first_error(errors) from None
+
+    def _grow(self) -> None:
+        while self._fetchers < self._growth.target:
+            self._fetchers += 1
+            self._group.create_task(self._fetcher())
+        self._progress.connections = self._growth.target
+
+    async def _watch(self) -> None:
+        """Sample throughput, and let the connections follow."""
+        before, moved = time.monotonic(), 0
+        while True:
+            await asyncio.sleep(_SAMPLE)
+            now = time.monotonic()
+            own = sum(self._progress.fetched.values())
+            self._progress.present = sum(f.writer.present_bytes() for f in self._all) - own
+            if self._moved > moved:
+                self._growth.observe((self._moved - moved) / (now - before))
+                self._grow()
+            before, moved = now, self._moved
+
+    async def _fetcher(self) -> None:
+        delay = _POLL_FIRST
+        try:
+            while self._fetchers <= self._growth.target:
+                span = self._next_span()
+                if span is None:
+                    if all(f.writer.full for f in self._open):
+                        return
+                    # Others hold the rest, or it is in flight here: look again soon, and take over.
+                    await asyncio.sleep(delay)
+                    delay = min(delay * 2, _POLL_MOST)
+                    continue
+                delay = _POLL_FIRST
+                await self._fetch(span)
+        finally:
+            self._fetchers -= 1
+
+    def _next_span(self) -> _Span | None:
+        for filling in self._open:
+            for index in list(filling.writer.map.wanted()):
+                if index not in filling.flying and (span := self._claim(filling, index)):
+                    return span
+        for filling in self._open:
+            chunk_map = filling.writer.map
+            index = chunk_map.next_absent(filling.cursor)
+            while index >= 0:
+                if index in filling.flying:
+                    index = chunk_map.next_absent(index + 1)
+                    continue
+                if span := self._claim(filling, index):
+                    return span
+                index = chunk_map.next_absent(index + 1)
+            filling.cursor = 0
+        return None
+
+    def _claim(self, filling: _Filling, first: int) -> _Span | None:
+        """Claim as many adjacent chunks as one request may bring, or at least the first."""
+        writer, file = filling.writer, filling.file
+        source = self._source_of(file, first, filling.tries.get(first, 0))
+        lengths = file.grid.lengths
+        end = writer.map.absent_run(first, len(lengths))
+        last, size = first + 1, lengths[first]
+        while (
+            last < end
+            and last not in filling.flying
+            and size + lengths[last] <= self._limits.span
+            and self._source_of(file, last, filling.tries.get(last, 0)) is source
+        ):
+            size += lengths[last]
+            last += 1
+        for stop in dict.fromkeys((last, first + 1)):
+            if writer.claim(first, stop):
+                filling.flying.update(range(first, stop))
+                filling.cursor = first
+                return _Span(filling, first, stop, source)
+        return None
+
+    def _source_of(self, file: ManifestFile, index: int, failed: int) -> ChunkSource:
+        """The cheapest source that has the chunk; after a failure only the last, the origin."""
+        if failed:
+            return self._sources[-1]
+        return next(s for s in self._sources if s.has(file, index))
+
+    async def _fetch(self, span: _Span) -> None:
+        filling = span.filling
+        sink = _ChunkSink(filling, span.first, span.last, self._progress, span.source.name)
+        try:
+            async for piece in span.source.read(filling.file, span.first, span.last):
+                await self._in_thread(sink.put, piece)
+                self._moved += len(memoryview(piece))
+        except _Corrupt as bad:
+            self._count_corrupt(filling, bad.index)
+        except HeadraceError:
+            # A cheaper source may fail; the origin's word is final.
+            if span.source is self._sources[-1]:
+                raise
+            for index in range(span.first, span.last):
+                filling.tries[index] = filling.tries.get(index, 0) + 1
+        finally:
+            filling.writer.release(span.first, span.last)
+            filling.flying.difference_update(range(span.first, span.last))
+            filling.cursor = min(filling.cursor, span.first)
+        await self._sync_sometimes(filling)
+
+    def _count_corrupt(self, filling: _Filling, index: int) -> None:
+        filling.tries[index] = filling.tries.get(index, 0) + 1
+        if filling.tries[index] >= _CORRUPT_TRIES:
+            start, stop = filling.file.grid.span(index, index + 1)
+            raise IntegrityError(
+                f"{self._manifest.uri}/{filling.file.path}: chunk {index} (bytes {start} to {stop}) does not have the "
+                f"digest of the manifest, {_CORRUPT_TRIES} times: publish the model again, or repair the origin."
+            )
+
+    async def _sync_sometimes(self, filling: _Filling) -> None:
+        if filling.syncing or filling.writer.unsynced_bytes < _SYNC_EVERY:
+            return
+        filling.syncing = True
+        try:
+            await self._in_thread(filling.writer.sync)
+        finally:
+            filling.syncing = False
+
+    # -- completing
+
+    def _finish_full(self) -> None:
+        self._open = [f for f in self._open if not f.done]
+        for filling in self._open:
+            if not filling.completing and not filling.flying and filling.writer.full:
+                filling.completing = True
+                self._group.create_task(self._complete(filling))
+
+    async def _complete(self, filling: _Filling) -> None:
+        writer, file = filling.writer, filling.file
+        if file.digest is not None and file.chunks is None:
+            await self._in_thread(self._check_whole, filling)
+        delay = _POLL_FIRST
+        while not await self._in_thread(writer.try_complete):
+            await asyncio.sleep(delay)
+            delay = min(delay * 2, _POLL_MOST)
+        if file.digest is None and file.chunks is None:
+            await self._in_thread(self._share, filling)
+        filling.done = True
+
+    def _check_whole(self, filling: _Filling) -> None:
+        """The publisher's digest of the whole file, where there are no chunk digests."""
+        state = hashlib.sha256()
+        for start in range(0, filling.file.size, 8 << 20):
+            state.update(os.pread(filling.writer.fileno(), 8 << 20, start))
+        if f"sha256:{state.hexdigest()}" == filling.file.digest:
+            return
+        for index in range(len(filling.file.grid)):
+            filling.writer.map.mark(index, ABSENT)
+        raise IntegrityError(
+            f"{self._manifest.uri}/{filling.file.path} does not have the sha256 digest that its origin publishes: "
+            f"nothing of it was kept; stage again, and if that fails again, the origin serves wrong bytes."
+        )
+
+    def _share(self, filling: _Filling) -> None:
+        """The same bytes under another URI become the same inode."""
+        writer = filling.writer
+        other = reuse.equal_object(self._domain, writer.folder, writer.spec)
+        if other is not None:
+            objects.share(writer.folder, other)
+
+
+class _ChunkSink:
+    """Takes a span's bytes in order, and writes, hashes and marks chunk by chunk. Runs in threads."""
+
+    def __init__(self, filling: _Filling, first: int, last: int, progress: Progress, source: str) -> None:
+        self._writer = filling.writer
+        self._expected: Sequence[str] | None = filling.file.chunks
+        self._grid = filling.file.grid
+        self._index = first
+        self._last = last
+        self._offset = self._grid.offsets[first]
+        self._progress = progress
+        self._source = source
+        self._state: Hasher = hasher(self._writer.spec.algorithm)
+
+    def put(self, piece: Buffer) -> None:
+        """Raises _Corrupt at the first chunk that is wrong; chunks before it are marked."""
+        view = memoryview(piece).cast("B")
+        while view:
+            end = self._grid.offsets[self._index + 1]
+            part = view[: end - self._offset]
+            self._writer.write(part, self._offset)
+            self._state.update(part)
+            self._offset += len(part)
+            view = view[len(part) :]
+            if self._offset == end:
+                self._finish_chunk()
+
+    def _finish_chunk(self) -> None:
+        digest = self._state.digest()
+        if self._expected is not None and digest.hex() != self._expected[self._index]:
+            raise _Corrupt(self._index)
+        self._writer.mark(self._index, digest)
+        self._progress.add(self._source, self._grid.lengths[self._index])
+        self._index += 1
+        self._state = hasher(self._writer.spec.algorithm)
+
+
+def _first_error(errors: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The one error that a user should see of those that ended together: ours before foreign ones."""
+    flat: list[BaseException] = []
+    pending: list[BaseException] = [errors]
+    while pending:
+        error = pending.pop(0)
+        if isinstance(error, BaseExceptionGroup):
+            pending.extend(error.exceptions)
+        else:
+            flat.append(error)
+    return next((e for e in flat if isinstance(e, HeadraceError)), flat[0])

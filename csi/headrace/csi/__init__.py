@@ -1,0 +1,1 @@
+"""Reserved: this portion of headrace comes with the CSI driver."""
