@@ -67,7 +67,9 @@ class LearnedDigests:
         os.fdatasync(self._fd)
 
     def close(self) -> None:
-        os.close(self._fd)
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
 
 
 def _check(index: int, digest: bytes) -> int:
