@@ -6,11 +6,12 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
 from headrace.cache import chunkmap
 from headrace.cache.chunkmap import ABSENT, DURABLE, WRITTEN, ChunkMap
 from headrace.cache.errors import StoreError
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 OTHER_BOOT = "00000000-0000-0000-0000-000000000000"
 

@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.faulty_server import Fault, FaultyServer
+from support.models import CHUNK, assert_marks_are_true, below, published, small_model, stage_small, visible
+
 from headrace.cache.errors import (
     AccessDenied,
     HeadraceError,
@@ -15,8 +18,6 @@ from headrace.cache.errors import (
     OriginMisconfigured,
     OriginUnavailable,
 )
-from support.faulty_server import Fault, FaultyServer
-from support.models import CHUNK, assert_marks_are_true, below, published, small_model, stage_small, visible
 
 MODEL = small_model()
 SHARD = "*-00001-of-00002.safetensors"
@@ -103,7 +104,10 @@ def test_a_wrong_content_range_is_never_written(server: FaultyServer, root: Path
 
 
 def test_the_next_run_fetches_only_what_is_missing(server: FaultyServer, root: Path) -> None:
-    server.faults = (Fault("status", path=SHARD, status=403, nth=8), Fault("status", path=SHARD, status=403, nth=9))
+    server.faults = (
+        Fault("status", path=SHARD, status=403, nth=8),
+        Fault("status", path=SHARD, status=403, nth=9),
+    )
     with pytest.raises(AccessDenied):
         stage_small(f"{server.url}/model", root)
     kept = assert_marks_are_true(root, MODEL)
@@ -129,7 +133,9 @@ def test_corrupt_bytes_against_a_manifest_are_fetched_again(root: Path) -> None:
 def test_corrupt_bytes_that_stay_name_file_chunk_and_remedy(root: Path) -> None:
     with FaultyServer(below("model", published(MODEL))) as server:
         server.faults = (Fault("corrupt", path=SHARD, at=2 * CHUNK + 5),)
-        with pytest.raises(IntegrityError, match=r"00001-of-00002\.safetensors: chunk \d+ .*publish") as ended:
+        with pytest.raises(
+            IntegrityError, match=r"00001-of-00002\.safetensors: chunk \d+ .*publish"
+        ) as ended:
             stage_small(f"{server.url}/model", root)
         assert ended.value.exit_code == 20
         assert visible(root) == {}
@@ -141,7 +147,9 @@ def test_corrupt_bytes_that_stay_name_file_chunk_and_remedy(root: Path) -> None:
 
 def test_an_object_replaced_midway_keeps_the_old_bytes_apart_from_the_new(root: Path) -> None:
     with FaultyServer(below("model", MODEL)) as server:
-        server.faults = (Fault("replace", path=SHARD, nth=8, body=small_model(1)["model-00001-of-00002.safetensors"]),)
+        server.faults = (
+            Fault("replace", path=SHARD, nth=8, body=small_model(1)["model-00001-of-00002.safetensors"]),
+        )
         with pytest.raises(OriginChanged):
             stage_small(f"{server.url}/model", root)
         new = {path: server.files[f"model/{path}"] for path in MODEL}

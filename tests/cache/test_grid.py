@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from headrace.cache.errors import ManifestError, UsageError
-from headrace.cache.grid import Grid, by_tensors, check_chunk_size, fixed
 from hypothesis import given
 from hypothesis import strategies as st
+
+from headrace.cache.errors import ManifestError, UsageError
+from headrace.cache.grid import Grid, by_tensors, check_chunk_size, fixed
 
 CHUNK = 1 << 20
 _tensor_sizes = st.lists(st.one_of(st.integers(0, 4096), st.integers(0, 5 * CHUNK)), max_size=30)
@@ -59,7 +60,9 @@ def test_a_longer_header_shifts_no_chunk_of_the_data(one: int, other: int, sizes
 
 
 @given(st.lists(st.integers(1, 1000), min_size=1, max_size=50), st.data())
-def test_covering_names_exactly_the_chunks_that_a_range_touches(lengths: list[int], data: st.DataObject) -> None:
+def test_covering_names_exactly_the_chunks_that_a_range_touches(
+    lengths: list[int], data: st.DataObject
+) -> None:
     grid = Grid(tuple(lengths))
     start = data.draw(st.integers(0, grid.size - 1))
     stop = data.draw(st.integers(start + 1, grid.size))
@@ -75,7 +78,9 @@ def test_the_run_length_form_round_trips(lengths: list[int]) -> None:
     assert Grid.from_runs(grid.runs(), "here") == grid
 
 
-@pytest.mark.parametrize("runs", [None, {}, [1], [[1]], [[0, 1]], [[1, -1]], [[1, True]], [["1", 1]], [[1 << 40, 1]]])
+@pytest.mark.parametrize(
+    "runs", [None, {}, [1], [[1]], [[0, 1]], [[1, -1]], [[1, True]], [["1", 1]], [[1 << 40, 1]]]
+)
 def test_malformed_chunk_lengths_are_refused(runs: object) -> None:
     with pytest.raises(ManifestError, match="here"):
         Grid.from_runs(runs, "here")

@@ -7,14 +7,15 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from headrace.cache import manifest
 from headrace.cache.digest import BLAKE3, XXH3, digest_size
 from headrace.cache.errors import ManifestError, UnsafePath
 from headrace.cache.grid import fixed
 from headrace.cache.manifest import Manifest, ManifestFile, Signature
 from headrace.cache.origins.protocol import Pin
-from hypothesis import given
-from hypothesis import strategies as st
 
 _names = st.text("abcdefgh", min_size=1, max_size=4)
 _hex = st.text("0123456789abcdef", min_size=64, max_size=64)
@@ -54,7 +55,13 @@ def test_the_published_form_keeps_what_a_publisher_says(one: Manifest) -> None:
 
 
 def example(**changes: object) -> dict[str, Any]:
-    entry: dict[str, object] = {"path": "a.bin", "size": 3, "lengths": [[3, 1]], "digest": None, "chunks": ["0" * 32]}
+    entry: dict[str, object] = {
+        "path": "a.bin",
+        "size": 3,
+        "lengths": [[3, 1]],
+        "digest": None,
+        "chunks": ["0" * 32],
+    }
     entry.update(changes)
     body = {"algorithm": XXH3, "predecessor": None, "files": [entry]}
     return {"headrace": 1, "manifest": body, "signatures": []}

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from headrace.cache import chunkmap
 from headrace.cache import object as objects
 from headrace.cache.chunkmap import ABSENT, DURABLE, WRITTEN, ChunkMap
@@ -45,7 +46,9 @@ def fill(writer: ObjectWriter, first: int, last: int) -> None:
     writer.release(first, last)
 
 
-def test_a_claim_excludes_other_stagers_until_it_is_released(folder: ObjectFolder, writer: ObjectWriter) -> None:
+def test_a_claim_excludes_other_stagers_until_it_is_released(
+    folder: ObjectFolder, writer: ObjectWriter
+) -> None:
     other = ObjectWriter(folder, SPEC)
     assert writer.claim(2, 5)
     assert not other.claim(4, 6)
@@ -82,7 +85,9 @@ def test_a_full_object_completes_into_a_final_file(folder: ObjectFolder, writer:
     assert set(writer.map.states()) == {DURABLE}
 
 
-def test_completion_waits_for_stagers_that_still_have_it_open(folder: ObjectFolder, writer: ObjectWriter) -> None:
+def test_completion_waits_for_stagers_that_still_have_it_open(
+    folder: ObjectFolder, writer: ObjectWriter
+) -> None:
     other = ObjectWriter(folder, SPEC)
     fill(writer, 0, COUNT)
     assert not writer.try_complete()
@@ -109,7 +114,9 @@ def test_sync_makes_marks_durable(writer: ObjectWriter) -> None:
     assert writer.unsynced_bytes == 0
 
 
-def test_a_failed_sync_returns_what_was_only_written(writer: ObjectWriter, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_sync_returns_what_was_only_written(
+    writer: ObjectWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fill(writer, 0, 2)
     writer.sync()
     fill(writer, 2, 5)
@@ -174,7 +181,9 @@ def test_adopting_a_twin_makes_one_inode_and_marks_nothing_it_did_not_write(
     reader.close()
 
 
-def test_a_twin_is_not_adopted_under_a_reader(folder: ObjectFolder, writer: ObjectWriter, tmp_path: Path) -> None:
+def test_a_twin_is_not_adopted_under_a_reader(
+    folder: ObjectFolder, writer: ObjectWriter, tmp_path: Path
+) -> None:
     from headrace.cache import locks
 
     twin = tmp_path / "twin"

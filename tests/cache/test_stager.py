@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 import time
 from pathlib import Path
 
 import pytest
+from support.faulty_server import FaultyServer
+from support.models import CHUNK, IMPATIENT, below, published, small_model, stage_small, visible
+
 from headrace.cache.errors import Interrupted, NoSpace, StagingStopped
 from headrace.cache.prepare import StageRequest
 from headrace.cache.reading import StoredSnapshot
@@ -15,8 +19,6 @@ from headrace.cache.snapshot import Selection
 from headrace.cache.stager import StagerLimits
 from headrace.cache.staging import StagingJob, open_for_loading
 from headrace.cache.store import Store
-from support.faulty_server import FaultyServer
-from support.models import CHUNK, IMPATIENT, below, published, small_model, stage_small, visible
 
 MODEL = small_model()
 SIZE = sum(map(len, MODEL.values()))
@@ -53,7 +55,9 @@ def test_a_second_run_fetches_nothing(root: Path) -> None:
 
 def test_requests_join_adjacent_chunks_up_to_the_span(root: Path) -> None:
     with FaultyServer(below("model", MODEL)) as server:
-        stage_small(f"{server.url}/model", root, limits=StagerLimits(span=16 * CHUNK, connections=2, reserve=0))
+        stage_small(
+            f"{server.url}/model", root, limits=StagerLimits(span=16 * CHUNK, connections=2, reserve=0)
+        )
         assert visible(root) == MODEL
         assert sent(server) == SIZE
         largest = max(r.sent for r in server.requests("model/*.safetensors"))
@@ -65,14 +69,20 @@ def test_chunks_arrive_in_file_order_within_a_window(root: Path) -> None:
         stage_small(f"{server.url}/model", root, limits=StagerLimits(span=CHUNK, connections=4, reserve=0))
         starts = [r.start for r in server.requests("model/model-00001*") if r.sent > 8]
         # Each of four connections is at most a few requests ahead of the slowest.
-        assert all(a <= b + 6 * CHUNK for a, b in zip(starts, starts[1:], strict=False))
+        assert all(a <= b + 6 * CHUNK for a, b in itertools.pairwise(starts))
 
 
 def test_what_a_reader_waits_for_comes_first(root: Path) -> None:
     with FaultyServer(below("model", MODEL), rate=4e6) as server:
         limits = StagerLimits(span=CHUNK, connections=2, reserve=0)
         request = StageRequest(
-            f"{server.url}/model", str(root), "default", options=IMPATIENT, limits=limits, chunk=CHUNK, workers=1
+            f"{server.url}/model",
+            str(root),
+            "default",
+            options=IMPATIENT,
+            limits=limits,
+            chunk=CHUNK,
+            workers=1,
         )
         job = StagingJob(request).start()
         assert job.prepared.wait(10)
@@ -125,10 +135,14 @@ def test_cancelling_stops_keeps_and_resumes(root: Path) -> None:
         assert visible(root) == MODEL
 
 
-def test_waiting_for_what_nobody_stages_ends_in_a_clear_error(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waiting_for_what_nobody_stages_ends_in_a_clear_error(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("headrace.cache.reading._ABANDONED", 0.3)
     with FaultyServer(below("model", MODEL), rate=3e6) as server:
-        request = StageRequest(f"{server.url}/model", str(root), "default", options=IMPATIENT, chunk=CHUNK, workers=1)
+        request = StageRequest(
+            f"{server.url}/model", str(root), "default", options=IMPATIENT, chunk=CHUNK, workers=1
+        )
         job = StagingJob(request).start()
         assert job.prepared.wait(10)
         job.cancel()

@@ -93,6 +93,9 @@ class ObjectFolder:
 def create(spec: ObjectSpec, folder: ObjectFolder, tmp: Path) -> None:
     """Make the object's folder, all chunks absent, unless it exists.
 
+    `partial` has its size but no space yet: `ObjectWriter.allocate` reserves it, unless the bytes turn
+    out to be on this disk already.
+
     Raises:
         OSError: the file system refused (ENOSPC: nothing is left behind).
     """
@@ -103,7 +106,7 @@ def create(spec: ObjectSpec, folder: ObjectFolder, tmp: Path) -> None:
         _build(spec, build)
         fd = os.open(build.partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
-            allocate(fd, spec.size)
+            os.ftruncate(fd, spec.size)
             os.fsync(fd)
         finally:
             os.close(fd)
@@ -226,6 +229,20 @@ class ObjectWriter:
     def fileno(self) -> int:
         return self._data
 
+    @property
+    def unallocated_bytes(self) -> int:
+        """Space that the file system has not reserved for this object yet."""
+        return 0 if self.complete else max(0, self.spec.size - os.fstat(self._data).st_blocks * 512)
+
+    def allocate(self) -> None:
+        """Reserve the space of all chunks, so that a full disk shows now and not midway.
+
+        Raises:
+            OSError: ENOSPC.
+        """
+        if not self.complete:
+            allocate(self._data, self.spec.size)
+
     def claim(self, first: int, last: int) -> bool:
         """Claim the absent chunks [first, last); False if one is claimed elsewhere or no longer absent."""
         if not locks.try_lock(self._lock, first, last - first, exclusive=True):
@@ -270,15 +287,19 @@ class ObjectWriter:
             batch, self._unsynced = sorted(self._unsynced), set()
         if not batch:
             return
+        self._sync_bytes()
+        self.map.promote([i for i in batch if self.map.state(i) == WRITTEN])
+
+    def _sync_bytes(self) -> None:
         try:
             os.fdatasync(self._data)
             self.learned.sync()
         except OSError:
+            # The page cache may have dropped what it could not write: nothing unsynced is believed.
             for index, state in enumerate(self.map.states()):
                 if state == WRITTEN:
                     self.map.mark(index, ABSENT)
             raise
-        self.map.promote([i for i in batch if self.map.state(i) == WRITTEN])
 
     def try_complete(self) -> bool:
         """Turn a full `partial` into `data`; True when `data` exists afterwards.
@@ -297,8 +318,7 @@ class ObjectWriter:
         try:
             if self.complete:
                 return True
-            os.fdatasync(self._data)
-            self.learned.sync()
+            self._sync_bytes()
             for index, state in enumerate(self.map.states()):
                 if state == WRITTEN:
                     self.map.mark(index, DURABLE)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from headrace.cache import config, signature
 from headrace.cache.config import Config
 from headrace.cache.digest import XXH3
-from headrace.cache.errors import HeadraceError, NotStaged, OriginUnavailable
+from headrace.cache.errors import HeadraceError, NotStaged, OriginMisconfigured, OriginUnavailable
 from headrace.cache.grid import DEFAULT_CHUNK
 from headrace.cache.manifest import Manifest
 from headrace.cache.origins.options import OriginOptions
@@ -113,7 +113,7 @@ async def prepare(
             requirement=requirement,
             known=lambda plain: _stored(domain, plain),
         )
-    except OriginUnavailable as error:
+    except (OriginUnavailable, OriginMisconfigured) as error:
         staged = domain.resolved(name, request.selection, complete=True)
         if staged is None or not _satisfies(staged[0], requirement):
             raise

@@ -56,7 +56,15 @@ class StoredFile:
 
     def _open_partial(self) -> int:
         folder = self._folder
-        self._lock = os.open(folder.lock, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            self._lock = os.open(folder.lock, os.O_RDONLY | os.O_CLOEXEC)
+        except PermissionError:
+            raise NotStaged(
+                f"{self.path!r} is still being staged by another user, who alone may read it until it is complete: "
+                f"wait for `headrace stage` to end."
+            ) from None
+        except FileNotFoundError:
+            raise NotStaged(f"{self.path!r} is not in the store any more: stage it again.") from None
         try:
             # While this lock is held no other inode takes the place of `partial` unfilled.
             locks.lock(self._lock, READERS, 1, exclusive=False)

@@ -92,6 +92,7 @@ async def resolve(
 
 
 async def _from_published(origin: Origin, published: Manifest, wanted: Selection, where: str) -> Resolution:
+    wanted = selection.outer([f.path for f in published.files], wanted)
     kept, skipped = selection.select([(f.path, f.size) for f in published.files], wanted)
     chosen = set(kept)
     files = tuple(f for f in published.files if f.path in chosen)
@@ -137,6 +138,7 @@ async def _from_listing(
 ) -> Resolution:
     listing = await origin.list()
     check_tree((f.path for f in listing.files), f"the listing of {listing.uri}")
+    wanted = selection.outer([f.path for f in listing.files], wanted)
     kept, skipped = selection.select([(f.path, f.size) for f in listing.files], wanted)
     chosen = set(kept)
     listed = sorted((f for f in listing.files if f.path in chosen), key=lambda f: f.path)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,10 +33,13 @@ class Location:
 class LocalChunks:
     """The chunks of a domain by digest: how a new revision moves only what changed."""
 
-    def __init__(self, domain: Domain, algorithm: str) -> None:
+    def __init__(self, domain: Domain, algorithm: str, without: Container[str] = ()) -> None:
+        """Look through the domain's objects, except those `without` (ids)."""
         self._algorithm = algorithm
         self._found: dict[tuple[int, bytes], Location] = {}
         for folder in domain.objects():
+            if folder.id in without:
+                continue
             try:
                 self._add(folder)
             except (StoreError, OSError):

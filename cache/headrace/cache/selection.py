@@ -28,7 +28,10 @@ _OTHER_WEIGHTS = (
     "*.tflite",
     "*.mlmodel",
 )
-_NEVER = (".git*", ".cache/*", "*/.cache/*", ".DS_Store", PUBLISHED_NAME)
+# No part of a model, whoever asks: neither staged nor published by default.
+NEVER = (".git*", ".cache/*", "*/.cache/*", ".DS_Store", PUBLISHED_NAME)
+# A reference to one of these alone is unpacked (see `archive`).
+ARCHIVES = (".tar", ".tar.gz", ".tgz")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +70,12 @@ def select(files: Sequence[tuple[str, int]], selection: Selection) -> tuple[list
     return kept, skipped
 
 
+def outer(paths: Sequence[str], wanted: Selection) -> Selection:
+    """The patterns that hold for a reference's own files: those for an archive mean its members."""
+    own = [path for path in paths if path != PUBLISHED_NAME]
+    return Selection() if len(own) == 1 and own[0].endswith(ARCHIVES) else wanted
+
+
 def _why_not(path: str, selection: Selection, safetensors: bool, paths: set[str]) -> str | None:
     if path == PUBLISHED_NAME:
         return "it is the manifest"
@@ -74,7 +83,7 @@ def _why_not(path: str, selection: Selection, safetensors: bool, paths: set[str]
         return "an ignore pattern fits"
     if selection.include:
         return None if matches(path, selection.include) else "no include pattern fits"
-    if matches(path, _NEVER):
+    if matches(path, NEVER):
         return "it is no part of a model"
     if safetensors and matches(path, _OTHER_WEIGHTS):
         return "the weights are there as safetensors"

@@ -31,6 +31,8 @@ from headrace.cache.durable import TEMPORARY, make_dirs, sync_dir, write_file
 from headrace.cache.errors import NotStaged
 from headrace.cache.manifest import Manifest
 
+_HOLD_WAIT = 5.0
+
 
 @dataclass(frozen=True, slots=True)
 class Selection:
@@ -110,6 +112,7 @@ class Snapshot:
             target = self.files / path
             if target.exists() and os.path.samefile(target, source):
                 continue
+            make_dirs(target.parent)
             fresh = target.with_name(f"{TEMPORARY}{uuid.uuid4().hex}")
             link_or_copy(source, fresh)
             os.rename(fresh, target)
@@ -168,18 +171,24 @@ class Snapshot:
         self._used.touch(mode=0o644)
 
     def hold(self) -> int | None:
-        """A descriptor that keeps the snapshot from eviction until closed; None if it is being evicted.
+        """A descriptor that keeps the snapshot from eviction until closed; None if it was evicted.
 
-        Works through a read-only mount; dies with the process.
+        Works through a read-only mount; dies with the process. While an evictor decides, which takes
+        milliseconds, this waits for it.
         """
-        try:
-            fd = os.open(self.hold_file, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return None
-        if locks.try_flock(fd, exclusive=False) and locks.same_inode(fd, self.hold_file):
-            return fd
-        os.close(fd)
-        return None
+        deadline = time.monotonic() + _HOLD_WAIT
+        while True:
+            try:
+                fd = os.open(self.hold_file, os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                return None
+            locked = locks.try_flock(fd, exclusive=False)
+            if locked and locks.same_inode(fd, self.hold_file):
+                return fd
+            os.close(fd)
+            if locked or time.monotonic() > deadline:
+                return None
+            time.sleep(0.001)
 
 
 def create(folder: Path, content: Manifest, tmp: Path) -> Snapshot:

@@ -172,7 +172,6 @@ class Stager:
         by_id: dict[str, ManifestFile] = {}
         for file in self._manifest.files:
             by_id.setdefault(self._manifest.object_id(self._domain.name, file), file)
-        self._check_space(by_id)
         with self._store.structure(exclusive=False):
             for object_id, file in by_id.items():
                 key = file.content_key(self._manifest.uri, self._manifest.algorithm)
@@ -183,11 +182,14 @@ class Stager:
                 self._all.append(_Filling(file, writer))
                 self._progress.present += writer.present_bytes()
 
-    def _check_space(self, by_id: dict[str, ManifestFile]) -> None:
-        needed = sum(f.size for i, f in by_id.items() if not self._domain.object(i).path.exists())
+    def _reserve_space(self) -> None:
+        """Know before anything is fetched whether all of it will fit."""
+        needed = sum(f.writer.unallocated_bytes for f in self._open)
         free = disk.free_bytes(self._store.root) - self._limits.reserve
-        if needed > free:
+        if needed > max(0, free):
             raise NoSpace("", missing=needed - free)
+        for filling in self._open:
+            filling.writer.allocate()
 
     def _how_much_is_missing(self, error: NoSpace) -> NoSpace:
         missing = error.missing
@@ -204,13 +206,12 @@ class Stager:
         """Take what is on this disk already, and the headers that resolving has read."""
         for filling in self._all:
             writer = filling.writer
-            if writer.full:
-                continue
-            if reuse.adopt_twin(self._domain, filling.file, writer):
+            if not writer.full and reuse.adopt_twin(self._domain, filling.file, writer):
                 self._progress.add("local", filling.file.size, len(filling.file.grid))
-                continue
-            self._use_header(filling)
         self._open = [f for f in self._all if not f.writer.complete]
+        self._reserve_space()
+        for filling in self._open:
+            self._use_header(filling)
         if any(f.file.chunks is not None for f in self._open):
             chunks = reuse.LocalChunks(self._domain, self._manifest.algorithm)
             self._sources.insert(0, LocalSource(chunks))
@@ -239,6 +240,9 @@ class Stager:
                 self._grow()
                 while self._open:
                     self._finish_full()
+                    if any(not f.writer.full for f in self._open):
+                        # Also after a failed sync has returned chunks to absent.
+                        self._grow()
                     await asyncio.sleep(_TICK)
                 watch.cancel()
         except BaseExceptionGroup as errors:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from headrace.cache import archive, config
 from headrace.cache.config import Config
-from headrace.cache.errors import Interrupted
+from headrace.cache.errors import Interrupted, NotStaged
 from headrace.cache.grid import check_chunk_size
 from headrace.cache.origins import open_origin
 from headrace.cache.origins.options import OriginOptions
@@ -28,7 +28,7 @@ from headrace.cache.reference import Reference, parse
 from headrace.cache.selection import Skipped
 from headrace.cache.snapshot import Selection, Snapshot
 from headrace.cache.stager import Stager
-from headrace.cache.store import Domain, Store
+from headrace.cache.store import Domain, Store, default_root, may_write
 from headrace.cache.worker import spawn
 
 _WORKER_WORTH = 4 << 30
@@ -178,6 +178,18 @@ def open_for_loading(
     Raises:
         HeadraceError: it cannot be resolved, or the store not opened.
     """
+    settings = config.load()
+    where = str(root or settings.root or default_root())
+    if not may_write(where):
+        # Another user's store: what is complete there can be read, nothing can be staged.
+        with Store.open(where, writable=False) as store:
+            found = store.domain(domain or settings.domain)
+            snapshot = found.find(str(parse(reference)))
+            if not snapshot.complete:
+                raise NotStaged(
+                    f"{reference} is still being staged into {where!r}: wait for `headrace stage` to end."
+                )
+            return StoredSnapshot(found, snapshot, name=reference)
     job = StagingJob(StageRequest(reference, root, domain), progress).start()
     try:
         while not job.prepared.wait(0.2):

@@ -49,6 +49,14 @@ def default_root(environ: Mapping[str, str] | None = None) -> Path:
     return Path(base) / "headrace"
 
 
+def may_write(root: Path | str) -> bool:
+    """Whether this user may stage into the store at `root`, which need not exist yet."""
+    path = Path(root)
+    if not (path / "format").exists():
+        return True
+    return path.stat().st_uid == os.geteuid() and os.access(path, os.W_OK)
+
+
 class Store:
     """An open store; `close` it, or use it as a context manager."""
 

@@ -71,6 +71,7 @@ def aws(options: OriginOptions, environ: Mapping[str, str] | None = None) -> S3C
 
     Raises:
         MissingDependency: a profile was asked for and botocore is not installed.
+        UsageError: there is no such profile.
     """
     env = os.environ if environ is None else environ
     if options.anonymous:
@@ -80,6 +81,12 @@ def aws(options: OriginOptions, environ: Mapping[str, str] | None = None) -> S3C
         if not installed:
             raise MissingDependency(
                 f"the AWS profile {options.profile!r} needs botocore: pip install 'headrace[s3]'."
+            )
+        import botocore.session
+
+        if options.profile not in botocore.session.Session().available_profiles:
+            raise UsageError(
+                f"there is no AWS profile {options.profile!r}: check AWS_PROFILE and ~/.aws/config."
             )
         return ProfileCredentials(options.profile)
     native = ("AWS_ACCESS_KEY_ID", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI")

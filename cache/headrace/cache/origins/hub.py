@@ -110,11 +110,43 @@ class HubOrigin:
         return await self._threaded(lambda: self._stat(path), self._child_uri(path))
 
     async def read(self, file: OriginFile, start: int, stop: int) -> AsyncIterator[Buffer]:
-        """The bytes [start, stop) of the file in the pinned commit."""
+        """The bytes [start, stop) of the file in the pinned commit, in pieces of 4 MiB.
+
+        Raises:
+            OriginChanged: a mirror answers with another commit or size.
+        """
         if start >= stop:
             return
-        async for piece in self._get(file.pin.value, file.path, start, stop, file.size):
-            yield piece
+        commit, path, size = file.pin.value, file.path, file.size
+        uri = self._child_uri(path)
+        # A whole file is asked for without a range: small files come from servers that need not know ranges.
+        wanted: GetOptions = {} if (start, stop) == (0, size) else {"range": (start, stop)}
+        for last in (False, True):
+            place = self._place(commit, path)
+            # Shielded: a reader that is cancelled leaves the others their answer.
+            store = await asyncio.shield(place)
+            try:
+                result = await store.get_async("", options=wanted)
+            except (BaseError, OSError) as error:
+                refused = translate.foreign(error, uri)
+                if last or not isinstance(refused, AccessDenied | NotFound):
+                    raise refused from None  # obstore's text holds the signed URL
+                # The signature or the token expired (the hub then denies that a private file exists): ask the
+                # hub anew, once for all readers.
+                if self._places.get((commit, path)) is place:
+                    del self._places[commit, path]
+                continue
+            break
+        if result.meta["size"] != size:
+            raise OriginChanged(
+                f"{uri} is {result.meta['size']} bytes long where the commit {commit[:12]} says {size}: "
+                "a proxy or mirror may be out of date."
+            )
+        try:
+            async for piece in result.stream(min_chunk_size=PIECE):
+                yield piece
+        except (BaseError, OSError) as error:
+            raise translate.foreign(error, uri) from None
 
     async def fetch(self, path: str, limit: int) -> bytes | None:
         """A small file whole; None if it does not exist in the revision."""
@@ -244,37 +276,6 @@ class HubOrigin:
         commit = self._commit(api)
         entry = self._entry(api, self._in_repository(path, api, commit), commit)
         return _describe(entry, path, commit) if isinstance(entry, RepoFile) else None
-
-    async def _get(self, commit: str, path: str, start: int, stop: int, size: int) -> AsyncIterator[Buffer]:
-        uri = self._child_uri(path)
-        # A whole file is asked for without a range: small files come from servers that need not know ranges.
-        wanted: GetOptions = {} if (start, stop) == (0, size) else {"range": (start, stop)}
-        for last in (False, True):
-            place = self._place(commit, path)
-            # Shielded: a reader that is cancelled leaves the others their answer.
-            store = await asyncio.shield(place)
-            try:
-                result = await store.get_async("", options=wanted)
-            except (BaseError, OSError) as error:
-                refused = translate.foreign(error, uri)
-                if last or not isinstance(refused, AccessDenied | NotFound):
-                    raise refused from None  # obstore's text holds the signed URL
-                # The signature or the token expired (the hub then denies that a private file exists): ask the
-                # hub anew, once for all readers.
-                if self._places.get((commit, path)) is place:
-                    del self._places[commit, path]
-                continue
-            break
-        if result.meta["size"] != size:
-            raise OriginChanged(
-                f"{uri} is {result.meta['size']} bytes long where the commit {commit[:12]} says {size}: "
-                "a proxy or mirror may be out of date."
-            )
-        try:
-            async for piece in result.stream(min_chunk_size=PIECE):
-                yield piece
-        except (BaseError, OSError) as error:
-            raise translate.foreign(error, uri) from None
 
     def _place(self, commit: str, path: str) -> asyncio.Task[HTTPStore]:
         """Where the bytes are, asked once however many ranges are read at once."""

@@ -99,6 +99,7 @@ _NO_NAME = (
     "getaddrinfo",
     "nodename nor servname",
 )
+_METADATA_SERVICES = ("169.254.169.254", "/latest/api/token", "/latest/meta-data", "computeMetadata")
 _RANGES_IGNORED = ("non-partial response", "NotPartial", "RangeNotSupported", "Range request not supported")
 
 
@@ -147,7 +148,11 @@ def foreign(error: BaseException, uri: str) -> HeadraceError:
 def _refused(facts: _Facts, uri: str, scheme: str) -> HeadraceError | None:
     hint = _CREDENTIALS_HINT.get(scheme, "check the credentials for this server")
     said = _said(facts)
-    if facts.names & _NO_CREDENTIALS or facts.any("169.254.169.254", "metadata.google.internal"):
+    if facts.any(
+        "External AWS credential provider", "External GCP credential provider", "credential provider:"
+    ):
+        return AccessDenied(f"the credentials for {uri} could not be obtained: renew the login, or {hint}.")
+    if facts.names & _NO_CREDENTIALS or facts.any(*_METADATA_SERVICES):
         # The last link of each cloud's chain is the instance's metadata service.
         return AccessDenied(
             f"no credentials were found for {uri}: {hint}, or set the origin's option `anonymous` for public data."
@@ -193,7 +198,7 @@ def _misplaced(facts: _Facts, uri: str, scheme: str) -> HeadraceError | None:
         )
     if facts.any(*_NOT_TLS):
         return OriginMisconfigured(
-            f"the server of {uri} does not speak TLS: {hint}; is it http:// after all?"
+            f"the server of {uri} does not speak TLS: {hint}, and whether it should be http://."
         )
     if facts.any("URL scheme is not allowed", "invalid URL", "builder error", "relative URL without a base"):
         return OriginMisconfigured(f"the endpoint for {uri} is not a usable URL: {hint}.")
@@ -239,7 +244,7 @@ def _otherwise(error: BaseException, facts: _Facts, uri: str) -> HeadraceError:
         return MissingDependency(f"reading {uri} needs the library {error.name}: pip install {error.name}.")
     if facts.status is not None:
         return OriginError(
-            f"the origin refused the request for {uri}{_said(facts)}: is it the right kind of server?"
+            f"the origin refused the request for {uri}{_said(facts)}: check that it is the right kind of server."
         )
     return OriginError(f"reading {uri} failed with {type(error).__name__}: run with --verbose for its text.")
 
