@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,10 +78,15 @@ class LocalChunks:
         return None
 
 
-def adopt_twin(domain: Domain, file: ManifestFile, writer: ObjectWriter) -> bool:
+def adopt_twin(
+    domain: Domain, file: ManifestFile, writer: ObjectWriter, go_on: Callable[[], None] = lambda: None
+) -> bool:
     """Link a new object to one with the same content, if there is one; True when it is complete now.
 
     Every byte is hashed against what the publisher says before the link is made.
+
+    Args:
+        go_on: called between blocks; what it raises ends the work.
     """
     if file.size == 0 or (file.chunks is None and file.digest is None):
         return False
@@ -93,7 +98,7 @@ def adopt_twin(domain: Domain, file: ManifestFile, writer: ObjectWriter) -> bool
                 folder.spec(), folder, file, writer.spec
             ):
                 continue
-            digests = _matching_digests(folder.data, file, writer.spec)
+            digests = _matching_digests(folder.data, file, writer.spec, go_on)
         except (StoreError, OSError):
             continue
         if digests is None:
@@ -119,13 +124,16 @@ def _may_be_twin(theirs: ObjectSpec, folder: ObjectFolder, file: ManifestFile, o
     return _digest_of(folder.data, start, stop, ours.algorithm) == file.chunks[0]
 
 
-def _matching_digests(data: Path, file: ManifestFile, spec: ObjectSpec) -> list[bytes] | None:
+def _matching_digests(
+    data: Path, file: ManifestFile, spec: ObjectSpec, go_on: Callable[[], None]
+) -> list[bytes] | None:
     """The chunk digests of a local file, if it is what the publisher says."""
     whole = hashlib.sha256() if file.chunks is None else None
     digests = []
     fd = os.open(data, os.O_RDONLY | os.O_CLOEXEC)
     try:
         for index in range(len(spec.grid)):
+            go_on()
             part = read_exactly(fd, *spec.grid.span(index, index + 1))
             if part is None:
                 return None
@@ -151,7 +159,9 @@ def _digest_of(path: Path, start: int, stop: int, algorithm: str) -> str | None:
     return None if part is None else chunk_digest(algorithm, part).hex()
 
 
-def equal_object(domain: Domain, folder: ObjectFolder, spec: ObjectSpec) -> ObjectFolder | None:
+def equal_object(
+    domain: Domain, folder: ObjectFolder, spec: ObjectSpec, go_on: Callable[[], None] = lambda: None
+) -> ObjectFolder | None:
     """Another complete object of the domain with the same bytes in another inode, compared byte by byte."""
     ours = learned_digests(folder, len(spec.grid))
     if spec.size == 0 or None in ours:
@@ -178,9 +188,10 @@ def _same_digests(ours: Sequence[bytes | None], theirs: Sequence[bytes | None]) 
     return all(a == b for a, b in zip(ours, theirs, strict=True))
 
 
-def _same_bytes(one: Path, other: Path) -> bool:
+def _same_bytes(one: Path, other: Path, go_on: Callable[[], None]) -> bool:
     with open(one, "rb", buffering=0) as a, open(other, "rb", buffering=0) as b:
         while True:
+            go_on()
             left, right = a.read(_BLOCK), b.read(_BLOCK)
             if left != right:
                 return False

@@ -13,8 +13,9 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
@@ -23,7 +24,7 @@ from headrace.cache import disk, reuse
 from headrace.cache import object as objects
 from headrace.cache.chunkmap import ABSENT
 from headrace.cache.digest import Hasher, hasher
-from headrace.cache.errors import HeadraceError, IntegrityError, NoSpace
+from headrace.cache.errors import HeadraceError, IntegrityError, Interrupted, NoSpace
 from headrace.cache.growth import ConnectionGrowth
 from headrace.cache.manifest import Manifest, ManifestFile
 from headrace.cache.object import ObjectSpec, ObjectWriter
@@ -131,6 +132,7 @@ class Stager:
         self._moved = 0
         # Writes and syncs run here; the pool ends before any descriptor is closed.
         self._pool = ThreadPoolExecutor(_THREADS, "headrace-stager")
+        self._cancelled = threading.Event()
 
     async def run(self) -> None:
         """Fill, complete and link everything.
@@ -163,8 +165,14 @@ class Stager:
         try:
             return await asyncio.shield(job)
         except asyncio.CancelledError:
+            self._cancelled.set()
             await asyncio.wait([job])
             raise
+
+    def _go_on(self) -> None:
+        """Called now and then by long work in the pool: ends it when the stager was cancelled."""
+        if self._cancelled.is_set():
+            raise Interrupted("staging was interrupted.")
 
     # -- opening
 
@@ -206,7 +214,7 @@ class Stager:
         """Take what is on this disk already, and the headers that resolving has read."""
         for filling in self._all:
             writer = filling.writer
-            if not writer.full and reuse.adopt_twin(self._domain, filling.file, writer):
+            if not writer.full and reuse.adopt_twin(self._domain, filling.file, writer, self._go_on):
                 self._progress.add("local", filling.file.size, len(filling.file.grid))
         self._open = [f for f in self._all if not f.writer.complete]
         self._reserve_space()
@@ -333,10 +341,11 @@ class Stager:
     async def _fetch(self, span: _Span) -> None:
         filling = span.filling
         sink = _ChunkSink(filling, span.first, span.last, self._progress, span.source.name)
+        pieces = span.source.read(filling.file, span.first, span.last)
         try:
-            async for piece in span.source.read(filling.file, span.first, span.last):
+            async for piece in pieces:
                 await self._in_thread(sink.put, piece)
-                self._moved += len(memoryview(piece))
+                self._moved += memoryview(piece).nbytes
         except _Corrupt as bad:
             self._count_corrupt(filling, bad.index)
         except HeadraceError:
@@ -346,6 +355,8 @@ class Stager:
             for index in range(span.first, span.last):
                 filling.tries[index] = filling.tries.get(index, 0) + 1
         finally:
+            if isinstance(pieces, AsyncGenerator):
+                await pieces.aclose()
             filling.writer.release(span.first, span.last)
             filling.flying.difference_update(range(span.first, span.last))
             filling.cursor = min(filling.cursor, span.first)
@@ -394,6 +405,7 @@ class Stager:
         """The publisher's digest of the whole file, where there are no chunk digests."""
         state = hashlib.sha256()
         for start in range(0, filling.file.size, 8 << 20):
+            self._go_on()
             state.update(os.pread(filling.writer.fileno(), 8 << 20, start))
         if f"sha256:{state.hexdigest()}" == filling.file.digest:
             return
@@ -407,7 +419,7 @@ class Stager:
     def _share(self, filling: _Filling) -> None:
         """The same bytes under another URI become the same inode."""
         writer = filling.writer
-        other = reuse.equal_object(self._domain, writer.folder, writer.spec)
+        other = reuse.equal_object(self._domain, writer.folder, writer.spec, self._go_on)
         if other is not None:
             objects.share(writer.folder, other)
 
