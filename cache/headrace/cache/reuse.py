@@ -176,7 +176,7 @@ def equal_object(
             if theirs.grid != spec.grid or theirs.algorithm != spec.algorithm:
                 continue
             if _same_digests(ours, learned_digests(other, len(spec.grid))) and _same_bytes(
-                folder.data, other.data
+                folder.data, other.data, go_on
             ):
                 return other
         except (StoreError, OSError):
