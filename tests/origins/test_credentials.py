@@ -220,6 +220,35 @@ def test_keys_in_the_environment_come_before_the_files(
     assert "Credential=ENVIRONMENT/" in server.log[0].headers["authorization"]
 
 
+def test_keys_in_the_environment_come_before_a_profile_that_is_named_there(
+    server: FaultyServer, keys: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys("OLD")
+    monkeypatch.setenv("AWS_PROFILE", "default")
+    ask(server, pinned)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "ENVIRONMENT")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    ask(server, pinned)
+    signers = [r.headers["authorization"].partition("Credential=")[2].partition("/")[0] for r in server.log]
+    assert signers == ["OLD", "ENVIRONMENT"]
+
+
+def test_the_region_of_the_profile_is_used(
+    server: FaultyServer, keys: Callable[[str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys("OLD")
+    (tmp_path / "config").write_text("[default]\nregion = eu-north-1\n")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+
+    async def main() -> None:
+        origin = open_origin(reference.parse("s3://bucket"), OriginOptions(endpoint=server.url))
+        await pinned(origin)
+        await origin.close()
+
+    asyncio.run(main())
+    assert "/eu-north-1/s3/" in server.log[0].headers["authorization"]
+
+
 def test_no_credentials_anywhere_says_where_to_put_them(
     server: FaultyServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,7 +31,7 @@ def test_every_scheme_of_a_reference_has_an_adapter() -> None:
 
 def test_importing_the_origins_imports_no_library() -> None:
     code = (
-        "import sys, headrace.cache.origins\n"
+        "import sys, headrace.cache.origins, headrace.cache.origins.translate\n"
         "print(sorted({'obstore', 'fsspec', 'boto3', 'botocore', 'aiohttp', 'huggingface_hub'} & set(sys.modules)))"
     )
     assert python(code) == "[]"

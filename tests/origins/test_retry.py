@@ -143,7 +143,8 @@ def test_too_many_bytes_are_an_error_and_not_handed_on() -> None:
 
 def test_waits_double_up_to_their_bound_with_full_jitter() -> None:
     options = OriginOptions(attempts=7, backoff_base=0.1, backoff_max=1.0)
-    done = run([[DOWN]] * 6 + [[100]], options)
+    script: list[list[Step]] = [[DOWN] for _ in range(6)]
+    done = run([*script, [100]], options)
     assert done.bounds == pytest.approx([0.1, 0.2, 0.4, 0.8, 1.0, 1.0])
     assert done.waits == [bound / 2 for bound in done.bounds]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import pytest
@@ -97,8 +98,8 @@ def test_pins_are_etags_otherwise(raw: S3Raw) -> None:
 
 
 def test_a_listing_of_several_pages_is_whole(raw: S3Raw) -> None:
-    for i in range(1100):
-        raw.put(f"llama/{i:05}", b"x")
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda i: raw.put(f"llama/{i:05}", b"x"), range(1100)))
     listing = ask(raw.uri("llama"), lambda o: o.list())
     assert [f.path for f in listing.files] == [f"{i:05}" for i in range(1100)]
 

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from support.safetensors_files import entry, file_bytes
+
 from headrace.cache.chunkmap import ChunkMap
 from headrace.cache.digest import XXH3, chunk_digest
 from headrace.cache.grid import Grid, by_tensors, fixed
@@ -20,8 +22,6 @@ from headrace.cache.safetensors import PREFIX, parse_header
 from headrace.cache.stager import StagerLimits
 from headrace.cache.staging import StageReport, StagingJob, run
 from headrace.cache.store import Store
-
-from support.safetensors_files import entry, file_bytes
 
 CHUNK = 64 * 1024
 IMPATIENT = OriginOptions(

@@ -207,8 +207,11 @@ class OriginContract:
 
     def test_stat_of_what_is_not_there_is_none(self, raw: RawOrigin, options: OriginOptions | None) -> None:
         raw.put("llama/sub/a.bin", b"x")
-        for path in ("nothing.bin", "sub", "sub/nothing.bin"):
-            assert self.run(raw, options, "llama", lambda o, path=path: o.stat(path)) is None
+
+        async def body(origin: Origin) -> list[OriginFile | None]:
+            return [await origin.stat(path) for path in ("nothing.bin", "sub", "sub/nothing.bin")]
+
+        assert self.run(raw, options, "llama", body) == [None, None, None]
 
     # -- read ----------------------------------------------------------------------------------
 

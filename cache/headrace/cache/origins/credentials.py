@@ -22,7 +22,7 @@ from headrace.cache.errors import AccessDenied, MissingDependency, UsageError
 from headrace.cache.origins.options import OriginOptions
 
 if TYPE_CHECKING:
-    from obstore.store import AzureConfig, GCSCredentialProvider, S3Credential, S3CredentialProvider
+    from obstore.store import AzureConfig, GCSCredentialProvider, S3Credential
 
 # How long an answer of botocore's is used. botocore keeps temporary credentials valid for ten more
 # minutes at least, and obstore asks again five minutes before what it is told here.
@@ -62,12 +62,22 @@ class ProfileCredentials:
             "expires_at": datetime.now(UTC) + LIFETIME,
         }
 
+    @property
+    def region(self) -> str | None:
+        """The region that the configuration files set."""
+        import botocore.session
+
+        region: str | None = botocore.session.Session(profile=self._profile).get_config_variable("region")
+        return region
+
     def __repr__(self) -> str:
         return f"ProfileCredentials({self._profile!r})"
 
 
-def aws(options: OriginOptions, environ: Mapping[str, str] | None = None) -> S3CredentialProvider | None:
+def aws(options: OriginOptions, environ: Mapping[str, str] | None = None) -> ProfileCredentials | None:
     """A callback where obstore's own chain would not find what AWS's tools find, else None.
+
+    As in AWS's tools, keys in the environment come before a profile that is named there too.
 
     Raises:
         MissingDependency: a profile was asked for and botocore is not installed.
@@ -77,7 +87,8 @@ def aws(options: OriginOptions, environ: Mapping[str, str] | None = None) -> S3C
     if options.anonymous:
         return None
     installed = importlib.util.find_spec("botocore") is not None
-    if options.profile is not None:
+    named = options.profile in (env.get("AWS_PROFILE"), env.get("AWS_DEFAULT_PROFILE"))
+    if options.profile is not None and not (named and env.get("AWS_ACCESS_KEY_ID")):
         if not installed:
             raise MissingDependency(
                 f"the AWS profile {options.profile!r} needs botocore: pip install 'headrace[s3]'."

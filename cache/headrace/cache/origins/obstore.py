@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from obstore import GetOptions, GetResult, ObjectMeta
     from typing_extensions import Buffer
 
+# The least size of a piece. Measured with 8 ranges of 16 MiB from nginx, written by threads: 1 MiB
+# costs about a fifth more CPU in event-loop turns, and whole ranges (`bytes_async`) make each write
+# wait for the whole answer, at up to twice the memory; from 2 to 8 MiB nothing could be told apart.
 PIECE = 4 << 20
 HEADS = 32  # HEAD requests under way at once
 PART = 16 << 20  # of an upload; S3 takes 10,000 parts

@@ -54,13 +54,14 @@ def _s3(reference: Reference, options: OriginOptions, client: ClientConfig) -> t
     config: S3Config = {"skip_signature": options.anonymous}
     if options.endpoint:
         config["aws_endpoint_url_s3"] = options.endpoint
-    if options.region:
-        config["region"] = options.region
+    provider = credentials.aws(options)
+    region = options.region or (provider.region if provider is not None else None)
+    if region:
+        config["region"] = region
     if options.virtual_hosted is not None:
         config["virtual_hosted_style_request"] = options.virtual_hosted
     if options.requester_pays:
         config["request_payer"] = True
-    provider = credentials.aws(options)
     store = S3Store(
         reference.container,
         config=config,

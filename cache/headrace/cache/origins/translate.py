@@ -78,7 +78,7 @@ _MISPLACED = frozenset(
 _TRANSIENT = frozenset(
     {"SlowDown", "RequestTimeout", "RequestTimeoutException", "InternalError", "ServiceUnavailable"}
     | {"ServerBusy", "OperationTimedOut", "Throttling", "ThrottlingException", "TooManyRequests"}
-    | {"TimeoutError", "ConnectionError", "ConnectTimeout", "ReadTimeout", "ConnectTimeoutError"}
+    | {"TimeoutError", "Timeout", "ConnectionError", "ConnectTimeout", "ReadTimeout", "ConnectTimeoutError"}
     | {"ReadTimeoutError", "EndpointConnectionError", "ConnectionClosedError", "IncompleteReadError"}
     | {"ClientConnectionError", "ClientPayloadError", "ServerDisconnectedError", "ClientOSError"}
     | {"ChunkedEncodingError", "IncompleteRead", "RemoteProtocolError", "ConnectError", "ReadError"}
@@ -321,7 +321,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 def _answer(error: BaseException) -> tuple[int | None, str | None, Mapping[str, object]]:
     """(status, code, headers) where the error carries the answer: botocore, aiohttp, requests, httpx, oss2."""
     status: object = getattr(error, "status", None)
-    code: object = getattr(error, "code", None)
+    code: object = getattr(error, "__dict__", {}).get("code")  # aiohttp's is a deprecated property
     headers: object = getattr(error, "headers", None)
     response: object = getattr(error, "response", None)
     if isinstance(response, Mapping):  # botocore.ClientError
