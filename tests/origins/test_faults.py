@@ -110,9 +110,12 @@ def test_transient_faults_are_ridden_out(server: FaultyServer, scheme: str, faul
     assert ask(server, scheme, body) == DATA[: len(DATA) - 8192]
 
 
-def test_after_a_reset_no_whole_piece_is_fetched_again(server: FaultyServer, scheme: str) -> None:
-    """Resets after 9 MiB, pieces of at least 4 MiB: the second request starts behind the second piece."""
-    server.faults = [Fault("reset", after=9 << 20, nth=1)]
+def test_after_a_cut_no_whole_piece_is_fetched_again(server: FaultyServer, scheme: str) -> None:
+    """Cut after 9 MiB, pieces of at least 4 MiB: the second request starts behind the second piece.
+
+    Not by a reset, after which the kernel throws away what it has received and not handed on.
+    """
+    server.faults = [Fault("truncate", after=9 << 20, nth=1)]
     assert ask(server, scheme, whole) == DATA
     second = server.requests(PATH)[1]
     assert second.start >= 8 << 20
