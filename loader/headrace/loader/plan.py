@@ -1,0 +1,199 @@
+"""What to load: from headers and a selection to byte ranges, in file order.
+
+A file's selected tensors become *segments*, ranges that are read without a gap; near neighbours are joined,
+reading a bounded number of bytes that nobody asked for. Segments are packed into *images*, pieces of memory
+of which the tensors are views. For a whole file that is one segment in one image.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from headrace.cache.errors import MissingTensor
+from headrace.cache.safetensors import Header, TensorInfo
+from headrace.loader.checkpoint import name_list
+
+BLOCK = 8 * 1024 * 1024
+"""Bytes of one read; blocks of a file start at multiples of it."""
+
+PAGE = 4096
+"""Segments lie in an image as in the file modulo this, so that direct reads remain possible."""
+
+MAX_GAP = 64 * 1024
+"""Segments this near are joined: a read of so many bytes costs no more than another call."""
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Which tensors: all of them, or those named, or those that match a glob pattern (case matters)."""
+
+    names: frozenset[str] | None = None
+    patterns: tuple[str, ...] = ()
+
+    @staticmethod
+    def of(names: Iterable[str] | None = None, patterns: Iterable[str] | None = None) -> Selection:
+        """Neither given: everything. Both: what either takes. A bare text counts as one."""
+        if names is None and patterns is None:
+            return Selection()
+        names = (names,) if isinstance(names, str) else names or ()
+        patterns = (patterns,) if isinstance(patterns, str) else patterns or ()
+        return Selection(frozenset(names), tuple(patterns))
+
+    @property
+    def everything(self) -> bool:
+        return self.names is None
+
+    def takes(self, name: str) -> bool:
+        if self.names is None or name in self.names:
+            return True
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.patterns)
+
+    def check(self, present: Iterable[str], where: str) -> None:
+        """Compare with all names of a checkpoint.
+
+        Raises:
+            MissingTensor: a name that is not there, or a pattern that matches nothing.
+        """
+        present = set(present)
+        missing = sorted((self.names or frozenset()) - present)
+        missing += [pattern for pattern in self.patterns if not fnmatch.filter(present, pattern)]
+        if missing:
+            raise MissingTensor(
+                f"{where} has no tensor {name_list(missing)}: check the names", tuple(missing)
+            )
+
+
+class Placed(NamedTuple):
+    """A selected tensor and where it will lie: byte `offset` of image number `image` (nowhere if it is empty).
+
+    A named tuple because there may be tens of thousands.
+    """
+
+    info: TensorInfo
+    image: int
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Bytes [start, stop) of the file, to lie at byte `offset` of image number `image`."""
+
+    start: int
+    stop: int
+    image: int
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Bytes [start, stop) of the file that are read at once, and to which segment they belong."""
+
+    start: int
+    stop: int
+    segment: int
+
+
+@dataclass(frozen=True, slots=True)
+class FilePlan:
+    """What to read of one file.
+
+    Attributes:
+        path: the file, relative to its model.
+        header: of the file.
+        placed: the selected tensors in file order, empty ones included.
+        segments: in file order, disjoint.
+        images: size of each image in bytes.
+    """
+
+    path: str
+    header: Header
+    placed: tuple[Placed, ...]
+    segments: tuple[Segment, ...]
+    images: tuple[int, ...]
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of the selected tensors."""
+        return sum(placed.info.nbytes for placed in self.placed)
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes read: the selected tensors and the gaps read over."""
+        return sum(segment.stop - segment.start for segment in self.segments)
+
+    def blocks(self, granularity: int = 1) -> Iterator[Block]:
+        """The reads, in file order, at most `BLOCK` bytes long (plus rounding).
+
+        Args:
+            granularity: starts and stops are rounded outward to multiples of it (a power of two), within
+                the file: for pages, which can only be brought in whole.
+        """
+        end = self.header.file_size
+        for number, segment in enumerate(self.segments):
+            start = segment.start
+            while start < segment.stop:
+                stop = min(segment.stop, (start // BLOCK + 1) * BLOCK)
+                yield Block(start & -granularity, min(end, -(-stop // granularity) * granularity), number)
+                start = stop
+
+
+def plan_file(path: str, header: Header, selection: Selection, *, max_image: int | None = None) -> FilePlan:
+    """Plan the reading of one file.
+
+    Args:
+        path: the file, relative to its model.
+        header: of the file.
+        selection: which tensors.
+        max_image: images get no larger than this many bytes (a larger tensor has one of its own), so that
+            memory is returned piece by piece as tensors are dropped; None: one image for the file.
+    """
+    if selection.everything:
+        chosen = list(header.tensors.values())
+    else:
+        chosen = [info for info in header.tensors.values() if selection.takes(info.name)]
+    segments: list[Segment] = []
+    images: list[int] = []
+    homes: list[Segment] = []  # of each tensor that has bytes
+    for start, stop, count in _runs(chosen, header.data_start, max_image):
+        used = -(-images[-1] // PAGE) * PAGE if images else 0
+        offset = used + start % PAGE
+        if not images or (max_image is not None and offset + stop - start > max_image):
+            images.append(0)
+            offset = start % PAGE
+        images[-1] = offset + stop - start
+        segments.append(Segment(start, stop, len(images) - 1, offset))
+        homes += [segments[-1]] * count
+    placed = []
+    remaining = iter(homes)
+    for info in chosen:
+        if info.start == info.stop:
+            placed.append(Placed(info, 0, 0))
+            continue
+        home = next(remaining)
+        placed.append(Placed(info, home.image, home.offset + header.data_start + info.start - home.start))
+    return FilePlan(path, header, tuple(placed), tuple(segments), tuple(images))
+
+
+def _runs(chosen: list[TensorInfo], data_start: int, max_run: int | None) -> Iterator[tuple[int, int, int]]:
+    """Join neighbours: (start, stop, number of tensors), offsets in the file. Empty tensors do not count."""
+    # Read over at most an eighth more than was asked for, in all.
+    spare = max(1024 * 1024, sum(info.nbytes for info in chosen) // 8)
+    start = stop = count = 0
+    for info in chosen:
+        if not info.nbytes:
+            continue
+        gap = data_start + info.start - stop
+        fits = max_run is None or data_start + info.stop - start <= max_run
+        if count and gap <= min(MAX_GAP, spare) and fits:
+            spare -= gap
+        else:
+            if count:
+                yield start, stop, count
+            start, count = data_start + info.start, 0
+        count += 1
+        stop = data_start + info.stop
+    if count:
+        yield start, stop, count

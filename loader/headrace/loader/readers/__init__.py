@@ -1,0 +1,1 @@
+"""Read paths: how the bytes of one file come to where its tensors are. See `reader.FileReader`."""

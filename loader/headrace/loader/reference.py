@@ -1,0 +1,43 @@
+"""From what the user wrote to a `Source`: the one place where the loader reaches for the cache.
+
+The import is lazy: loading from a directory needs no object store library, and importing the loader must
+stay cheap inside the inference process.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from headrace.cache.errors import NotFound
+from headrace.loader.source import DirectorySource, Source
+
+
+def open_source(
+    src: str | os.PathLike[str],
+    *,
+    root: str | None = None,
+    domain: str | None = None,
+    progress: Any = None,
+) -> Source:
+    """Open a model for loading: a path that exists as it is, anything else as a model reference.
+
+    Args:
+        src: a directory, a file, or a model reference such as "s3://bucket/model".
+        root: the store; by default as the command line chooses it.
+        domain: the trust domain.
+        progress: handed to the stager.
+
+    Raises:
+        NotFound: a path that does not exist.
+        HeadraceError: whatever resolving and staging the reference raises.
+    """
+    text = os.fspath(src)
+    if os.path.exists(text):
+        return DirectorySource(text)
+    if not isinstance(src, str) or ":" not in text:
+        raise NotFound(f"{text} does not exist: give a directory, a .safetensors file or a model reference")
+    from headrace.cache.staging import open_for_loading
+
+    source: Source = open_for_loading(text, root=root, domain=domain, progress=progress)
+    return source

@@ -1,0 +1,194 @@
+"""Device memory: the interface to it, and the reader that fills it through a ring of staging buffers.
+
+On a device the tensors of a file lie packed in slabs, each aligned to 256 bytes. A block is read into a
+buffer of the ring and copied from there, asynchronously, while the next one is read; a buffer is used again
+when the copies out of it are done. So the host never holds more than the ring.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from bisect import bisect_right
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol
+
+import torch
+
+from headrace.loader.memory import as_bytes
+from headrace.loader.plan import BLOCK, Block, FilePlan, Placed
+from headrace.loader.readers.reader import FileReader, read_into
+from headrace.loader.source import SourceFile
+
+ALIGNMENT = 256
+"""Tensors start at multiples of this in a slab, as the device's own allocator would place them."""
+
+
+class Event(Protocol):
+    """Stands for copies that were started."""
+
+    def wait(self) -> None:
+        """Return when they are done; at once if they are already."""
+        ...
+
+
+class Device(Protocol):
+    """What the loader needs from a device. Called from several threads."""
+
+    name: str
+    torch_device: torch.device
+    """Where slabs are, in torch's words."""
+
+    def allocate(self, size: int) -> torch.Tensor:
+        """A slab: uint8, `size` bytes, its start aligned to 256 bytes.
+
+        Raises:
+            LoadError: the device has not enough memory.
+        """
+        ...
+
+    def staging(self, size: int) -> torch.Tensor:
+        """A host buffer, uint8, from which copies to the device can run by themselves (pinned).
+
+        Raises:
+            LoadError: not enough memory for it.
+        """
+        ...
+
+    def copy_in(self, slab: torch.Tensor, offset: int, host: torch.Tensor) -> None:
+        """Start copying `host`, a part of a staging buffer, to `slab` at `offset`. It must stay as it is
+        until an event recorded afterwards is done."""
+        ...
+
+    def record(self) -> Event:
+        """An event that is done when all copies that this thread has started are."""
+        ...
+
+    def synchronize(self) -> None:
+        """Return when all copies are done and visible to whoever uses the slabs next."""
+        ...
+
+
+@dataclass(slots=True)
+class _Buffer:
+    memory: torch.Tensor
+    event: Event | None = None
+
+
+@dataclass(slots=True)
+class Ring:
+    """Staging buffers of one block each, made when first needed, at most `limit` of them."""
+
+    device: Device
+    limit: int
+    _free: queue.LifoQueue[_Buffer] = field(default_factory=queue.LifoQueue)
+    _made: list[_Buffer] = field(default_factory=list)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def acquire(self) -> _Buffer:
+        """A buffer that nothing is copied from any more."""
+        with self._lock:
+            if self._free.empty() and len(self._made) < self.limit:
+                self._made.append(_Buffer(self.device.staging(BLOCK)))
+                return self._made[-1]
+        buffer = self._free.get()
+        if buffer.event is not None:
+            buffer.event.wait()
+            buffer.event = None
+        return buffer
+
+    def release(self, buffer: _Buffer, event: Event | None) -> None:
+        """Give a buffer back; `event` tells when the copies out of it are done."""
+        buffer.event = event
+        self._free.put(buffer)
+
+    def close(self) -> None:
+        """Wait for all copies, then let the buffers go."""
+        with self._lock:
+            self.device.synchronize()
+            self._made.clear()
+
+
+class DeviceReader(FileReader):
+    """Reads the file through the page cache into the ring, and copies to the device."""
+
+    name: ClassVar[str] = "buffered"
+    span: ClassVar[str] = "read"
+
+    def __init__(self, file: SourceFile, plan: FilePlan, device: Device, ring: Ring) -> None:
+        # Where each tensor lies in its slab: packed anew, because alignment in the file says nothing here.
+        self._places: dict[int, int] = {}
+        self._sizes = [0] * len(plan.images)
+        for placed in plan.placed:
+            if placed.info.nbytes:
+                self._places[placed.info.start] = self._sizes[placed.image]
+                self._sizes[placed.image] += -(-placed.info.nbytes // ALIGNMENT) * ALIGNMENT
+        super().__init__(file, plan)
+        self._device = device
+        self._ring = ring
+        self._slabs: dict[int, torch.Tensor] = {}
+        self._slabs_lock = threading.Lock()
+        filled = [placed for placed in plan.placed if placed.info.nbytes]
+        self._starts = [plan.header.data_start + placed.info.start for placed in filled]
+        self._filled = filled
+
+    def fill(self, block: Block) -> None:
+        buffer = self._ring.acquire()
+        event: Event | None = None
+        try:
+            memory = buffer.memory[: block.stop - block.start]
+            read_into(self.file, as_bytes(memory), block.start)
+            for slab, offset, first, last in self._pieces(block):
+                self._device.copy_in(self._image(slab), offset, memory[first:last])
+            event = self._device.record()
+        finally:
+            self._ring.release(buffer, event)
+
+    def _pieces(self, block: Block) -> list[tuple[int, int, int, int]]:
+        """What of a block goes where: (slab, offset in it, from, to in the block), neighbours joined."""
+        pieces: list[tuple[int, int, int, int]] = []
+        first = max(0, bisect_right(self._starts, block.start) - 1)
+        for start, placed in zip(self._starts[first:], self._filled[first:], strict=True):
+            if start >= block.stop:
+                break
+            begin, end = max(start, block.start), min(start + placed.info.nbytes, block.stop)
+            if begin >= end:
+                continue
+            offset = self._places[placed.info.start] + begin - start
+            piece = (placed.image, offset, begin - block.start, end - block.start)
+            if pieces:
+                slab, before, since, until = pieces[-1]
+                if slab == piece[0] and until == piece[2] and before + until - since == offset:
+                    pieces[-1] = (slab, before, since, piece[3])
+                    continue
+            pieces.append(piece)
+        return pieces
+
+    def _image(self, number: int) -> torch.Tensor:
+        with self._slabs_lock:
+            slab = self._slabs.get(number)
+            if slab is None:
+                slab = self._slabs[number] = self._device.allocate(self._sizes[number])
+            return slab
+
+    def _release(self, number: int) -> None:
+        with self._slabs_lock:
+            self._slabs.pop(number, None)
+
+    def _offset_of(self, placed: Placed) -> int:
+        return self._places[placed.info.start]
+
+    def _empty(self, placed: Placed) -> torch.Tensor:
+        return super()._empty(placed).to(self._device.torch_device)
+
+    def take(self, number: int) -> torch.Tensor:
+        self._device.synchronize()
+        return super().take(number)
+
+    def take_all(self) -> dict[str, torch.Tensor]:
+        self._device.synchronize()
+        return super().take_all()
+
+    def close(self) -> None:
+        self._device.synchronize()  # nothing may be freed that is still being copied to
+        super().close()

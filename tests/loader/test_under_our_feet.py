@@ -1,0 +1,148 @@
+"""Files that change while they are loaded, and memory that runs out: errors, never the end of the process."""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from support.filling_source import FillingSource
+from support.safetensors_files import entry, file_bytes
+
+from headrace.cache.errors import CheckpointError, LoadError
+from headrace.cache.safetensors import read_header
+from headrace.loader import load
+from headrace.loader.choose import ReadPath, choose
+from headrace.loader.memory import available, resident
+from headrace.loader.plan import Selection, plan_file
+from headrace.loader.source import LocalFile
+
+ENTRIES = [entry("a", "F32", (300_000,)), entry("b", "F32", (300_000,))]
+CONTENT = file_bytes(ENTRIES)
+
+
+def staged(folder: Path) -> FillingSource:
+    source = FillingSource(folder, {"model.safetensors": CONTENT}, 1 << 20)
+    for number in range(source.files["model.safetensors"].chunks):
+        source.files["model.safetensors"].stage(number)
+    return source
+
+
+def after(uses: int, act: Callable[[], object]) -> Callable[[], None]:
+    """Act once, when the descriptor has been used this often."""
+    counter = iter(range(1000))
+
+    def count() -> None:
+        if next(counter) == uses:
+            act()
+
+    return count
+
+
+@pytest.mark.parametrize("read_path", ["mapped", "buffered"])
+def test_a_file_truncated_during_the_load_is_an_error(read_path: ReadPath, tmp_path: Path) -> None:
+    with staged(tmp_path) as source:
+        file = source.files["model.safetensors"]
+        descriptor = file.fileno()
+        # Used for: first bytes, header, (mapping,) identity; so this is after the header and the mapping.
+        file.before_read = after(3, lambda: os.ftruncate(descriptor, 100_000))
+        with pytest.raises(LoadError, match=r"became shorter|changed while"):
+            load(source, read_path=read_path, threads=1)
+
+
+@pytest.mark.parametrize("read_path", ["mapped", "buffered"])
+def test_a_file_rewritten_during_the_load_is_an_error(read_path: ReadPath, tmp_path: Path) -> None:
+    with staged(tmp_path) as source:
+        file = source.files["model.safetensors"]
+        descriptor = file.fileno()
+
+        def rewrite() -> None:
+            time.sleep(0.02)  # the clock of file times is coarse
+            os.pwrite(descriptor, b"x", len(CONTENT) - 1)
+
+        file.before_read = after(4, rewrite)
+        with pytest.raises(LoadError, match="changed while it was loaded"):
+            load(source, read_path=read_path, threads=1)
+
+
+def test_a_file_replaced_by_rename_during_the_load_gives_the_old_bytes(tmp_path: Path) -> None:
+    with staged(tmp_path) as source:
+        other = tmp_path / "other"
+        other.write_bytes(b"something else")
+        source.files["model.safetensors"].before_read = after(3, lambda: other.rename(tmp_path / "0.partial"))
+        expected = tmp_path / "expected.safetensors"
+        expected.write_bytes(CONTENT)
+        assert load(source, threads=1).digest() == load(expected).digest()
+
+
+@pytest.mark.parametrize("read_path", ["mapped", "buffered", "auto"])
+@pytest.mark.parametrize("length", [0, 5, 8, 100, len(CONTENT) - 1])
+def test_a_truncated_file_is_refused_before_anything_is_read(
+    read_path: ReadPath, length: int, tmp_path: Path
+) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(CONTENT[:length])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors (is|has)"):
+        load(path, read_path=read_path)
+
+
+def test_memory_that_is_not_there_is_a_clear_error(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    size = 1 << 32
+    head = b'{"a":{"dtype":"U8","shape":[%d],"data_offsets":[0,%d]}}' % (size, size)
+    with path.open("wb") as file:  # sparse
+        file.write(len(head).to_bytes(8, "little") + head)
+        file.truncate(8 + len(head) + size)
+    script = (
+        "import resource, sys, headrace.loader as l\n"
+        "from headrace.cache.errors import LoadError\n"
+        f"used = int(open('/proc/self/statm').read().split()[0]) * {resource.getpagesize()}\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 31), resource.RLIM_INFINITY))\n"
+        "for path in ('buffered', 'mapped'):\n"
+        "    try: l.load(sys.argv[1], read_path=path)\n"
+        "    except LoadError as error: print(error)\n"
+    )
+    answer = subprocess.run(
+        [sys.executable, "-c", script, str(path)],
+        capture_output=True, text=True, check=True, env={"PYTHONPATH": ":".join(sys.path)},
+    )  # fmt: skip
+    buffered, mapped = answer.stdout.splitlines()
+    assert buffered.startswith("not enough memory for the 429496")
+    assert "model.safetensors cannot be mapped: Cannot allocate memory" in mapped
+
+
+def test_what_the_page_cache_holds_decides_the_read_path(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(file_bytes([entry("a", "F32", (2 << 20,))]))
+    plan = plan_file("model.safetensors", read_header(path), Selection())
+    file = LocalFile(path, "model.safetensors")
+    try:
+        os.fsync(file.fileno())
+        path.read_bytes()
+        assert resident(file.fileno(), 0, file.size) == 1.0
+        warm = choose(file, plan, "auto", plan.read_bytes, None)
+        assert (warm.reader.name, warm.why) == ("mapped", "mapped: 100% of it is in the page cache")
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        part = resident(file.fileno(), 0, file.size)
+        assert part is not None
+        if part > 0.5:
+            pytest.skip("this file system keeps its pages whatever is advised (tmpfs does)")
+        cold = choose(file, plan, "auto", plan.read_bytes, None)
+        assert cold.reader.name == "buffered"
+        assert "in the page cache" in cold.why
+        short = choose(file, plan, "auto", plan.read_bytes, plan.read_bytes)
+        assert short.reader.name == "mapped"
+        assert "would not fit" in short.why
+    finally:
+        file.close()
+
+
+def test_the_memory_that_is_available_is_known() -> None:
+    free = available()
+    assert free is not None
+    assert 1 << 20 < free < 1 << 50
