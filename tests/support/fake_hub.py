@@ -37,6 +37,7 @@ class FakeHub(HttpService):
     Attributes:
         readers: tokens that may read private and gated repositories.
         signature_uses: how many requests a signed URL is good for; None for ever.
+        damaged: what the CDN serves in place of a blob, by its sha256.
     """
 
     def __init__(self, lfs_from: int = 1000, page: int = 3) -> None:
@@ -44,6 +45,7 @@ class FakeHub(HttpService):
         self.repositories: dict[str, Repository] = {}
         self.readers: set[str] = set()
         self.signature_uses: int | None = None
+        self.damaged: dict[str, bytes] = {}
         self._lfs_from = lfs_from
         self._page = page
         self._blobs: dict[str, bytes] = {}
@@ -157,7 +159,7 @@ class FakeHub(HttpService):
             return Response(
                 403, b"<Error><Code>AccessDenied</Code><Message>Request has expired</Message></Error>"
             )
-        return serve_bytes(request, self._blobs[digest], {"ETag": f'"{digest[:32]}"'})
+        return serve_bytes(request, self.damaged.get(digest, self._blobs[digest]), {"ETag": f'"{digest[:32]}"'})
 
     def _find(
         self, name: str, revision: str, request: Request, *, listing: bool
