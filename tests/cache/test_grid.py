@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headrace.cache.errors import ManifestError, UsageError
-from headrace.cache.grid import Grid, by_tensors, check_chunk_size, fixed
+from headrace.cache.grid import ALONE, Grid, by_tensors, check_chunk_size, fixed
 
 CHUNK = 1 << 20
 _tensor_sizes = st.lists(st.one_of(st.integers(0, 4096), st.integers(0, 5 * CHUNK)), max_size=30)
@@ -42,11 +42,11 @@ def test_a_tensor_grid_covers_the_file_and_cuts_at_the_header_and_at_large_tenso
     cuts = set(grid.offsets)
     assert data_start in cuts
     for start, stop in spans:
-        if stop - start >= CHUNK // 4:
+        if stop - start >= CHUNK // ALONE:
             assert {start, stop} <= cuts
     # No tensor smaller than a chunk is torn.
     for start, stop in spans:
-        if stop - start < CHUNK // 4:
+        if stop - start < CHUNK // ALONE:
             assert not any(start < cut < stop for cut in cuts)
 
 

@@ -37,7 +37,8 @@ def manifests(draw: st.DrawFn) -> Manifest:
     signatures = tuple(Signature(k, v) for k, v in draw(st.lists(st.tuples(_hex, _hex), max_size=2)))
     predecessor = draw(st.none() | _hex.map("sha256:{}".format))
     uri = draw(st.none() | st.just("s3://bucket/model"))
-    return Manifest(tuple(files), algorithm, draw(st.booleans()), predecessor, signatures, uri, None)
+    key = draw(st.none() | _hex)
+    return Manifest(tuple(files), algorithm, draw(st.booleans()), predecessor, signatures, uri, None, key)
 
 
 @given(manifests())

@@ -66,6 +66,12 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
         if not isinstance(sys.exc_info()[1], OSError):  # clients hang up; that is no news
             super().handle_error(request, client_address)
 
+    @property
+    def connections(self) -> int:
+        """How many are open now."""
+        with self._guard:
+            return len(self._open)
+
     def close_connections(self) -> None:
         with self._guard:
             for connection in self._open:

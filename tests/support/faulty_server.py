@@ -110,6 +110,11 @@ class FaultyServer(Served):
         """Base URL without a trailing slash."""
         return f"{self.scheme}://127.0.0.1:{self.port}"
 
+    @property
+    def connections(self) -> int:
+        """How many connections are open; the log lacks what is under way on them."""
+        return self._http.connections
+
     def start(self) -> Self:
         self._thread.start()
         return self

@@ -55,7 +55,11 @@ class Revision:
         parts = self._divided()
         weight_map = {}
         for number, part in enumerate(parts, 1):
-            name = "model.safetensors" if len(parts) == 1 else f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+            name = (
+                "model.safetensors"
+                if len(parts) == 1
+                else f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+            )
             head = self._header(part)
             with (folder / name).open("wb") as file:
                 file.write(struct.pack("<Q", len(head)) + head)

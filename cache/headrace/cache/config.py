@@ -83,7 +83,9 @@ def load(path: str | None = None, environ: Mapping[str, str] | None = None) -> C
         values = tomllib.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise UsageError(f"the configuration {str(file)!r} cannot be read: {error}.") from None
-    return _config(values, str(file))
+    found = _config(values, str(file))
+    # The environment is nearer to the user than a file that holds for the whole machine.
+    return replace(found, root=environ.get("HEADRACE_ROOT") or found.root)
 
 
 def max_age(revalidate: str) -> float | None:

@@ -1,7 +1,7 @@
 """Chunk geometry: the lengths into which a file is cut.
 
 For safetensors the grid follows the content, so that a longer header or one more tensor does not
-shift the chunks of a new revision: the header is a chunk of its own, a tensor of at least a quarter
+shift the chunks of a new revision: the header is a chunk of its own, a tensor of at least a sixteenth
 of the chunk size starts (and ends) its own chunks, and smaller ones are packed together, whole.
 Why, with figures: docs/decisions/0002-chunk-geometry.md.
 """
@@ -22,6 +22,8 @@ DEFAULT_CHUNK = 16 * MIB
 MIN_CHUNK = 64 * 1024
 MAX_CHUNK = 256 * MIB
 MAX_CHUNKS = 1 << 24
+# A tensor of at least this part of the chunk size stands alone.
+ALONE = 16
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ def by_tensors(
         tensors: (start, stop) of each tensor in the file, absolute, contiguous, in file order.
         chunk: the largest chunk.
     """
-    alone = chunk // 4
+    alone = chunk // ALONE
     cuts: list[int] = [0, data_start]
     end = data_start
     for start, stop in tensors:

@@ -73,7 +73,12 @@ class Signature:
 
 @dataclass(frozen=True)
 class Manifest:
-    """One revision; `published` when a publisher wrote it, else built from a listing."""
+    """One revision; `published` when a publisher wrote it, else built from a listing.
+
+    Attributes:
+        signed_by: the trusted key (hex) whose signature over the whole published manifest held when this
+            one, perhaps a selection of it, was resolved. Only in the store's own form.
+    """
 
     files: tuple[ManifestFile, ...]
     algorithm: str = XXH3
@@ -82,6 +87,7 @@ class Manifest:
     signatures: tuple[Signature, ...] = ()
     uri: str | None = None
     revision: str | None = None
+    signed_by: str | None = None
 
     @property
     def size(self) -> int:
@@ -138,6 +144,7 @@ class Manifest:
                     "uri": self.uri,
                     "revision": self.revision,
                     "published": self.published,
+                    "signed_by": self.signed_by,
                     "pins": pins,
                 }
             }
@@ -197,6 +204,7 @@ def parse(data: bytes, where: str) -> Manifest:
         tuple(_signature(_object(s, where, "signatures"), where) for s in signatures),
         _text(source.get("uri"), where, "uri"),
         _text(source.get("revision"), where, "revision"),
+        _text(source.get("signed_by"), where, "signed_by"),
     )
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 import re
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from headrace.cache import config, signature
+from headrace.cache import config, signature, succession
 from headrace.cache.config import Config
 from headrace.cache.digest import XXH3
 from headrace.cache.errors import HeadraceError, NotStaged, OriginMisconfigured, OriginUnavailable
@@ -129,13 +129,10 @@ def _make(
     domain: Domain, store: Store, request: StageRequest, name: str, resolution: Resolution, progress: Progress
 ) -> Prepared:
     manifest = resolution.manifest
-    if (previous := domain.resolved(name, request.selection)) is not None and not manifest.published:
-        changed = previous[0].id != manifest.snapshot_id(domain.name)
-        if changed:
-            progress.note(
-                f"{name} changed and has no published chunk digests, so changed files are fetched whole: "
-                f"`headrace publish` makes new revisions move only what changed."
-            )
+    previous = domain.resolved(name, request.selection)
+    said = succession.note(domain, name, None if previous is None else previous[0], manifest)
+    if said is not None:
+        progress.note(said)
     for _ in range(_HOLD_TRIES):
         snapshot = domain.make_snapshot(manifest, store.tmp)
         hold = snapshot.hold()
@@ -146,6 +143,8 @@ def _make(
             f"{name} is being evicted again and again while it is staged: stop `headrace gc` meanwhile."
         )
     stored = snapshot.manifest()
+    if manifest.signed_by is None and stored.canonical() == manifest.canonical():
+        manifest = replace(manifest, signed_by=stored.signed_by)
     if stored != manifest and (manifest.published or not stored.published):
         snapshot.replace_manifest(manifest)
     else:
@@ -167,7 +166,7 @@ def _satisfies(snapshot: Snapshot, requirement: Requirement) -> bool:
         return True
     try:
         manifest = snapshot.manifest()
-        if requirement.level == "signed":
+        if requirement.level == "signed" and manifest.signed_by not in requirement.keys:
             signature.verify(manifest, requirement.keys, snapshot.id)
     except HeadraceError:
         return False

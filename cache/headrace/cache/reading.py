@@ -43,6 +43,8 @@ class StoredFile:
         self._check = check
         self._map: ChunkMap | None = None
         self._lock = -1
+        # When a reader last waited, and when the object was last known to be staged by someone.
+        self._waited = self._seen = 0.0
         try:
             self._fd = os.open(folder.data, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
@@ -97,28 +99,28 @@ class StoredFile:
         return self._map is None or start >= stop or self._map.ready(*self._grid.covering(start, stop))
 
     def wait(self, start: int, stop: int, timeout: float | None = None) -> None:
-        """Block until [start, stop) may be read; stagers are asked to take it first.
+        """Return when [start, stop) may be read, or `timeout` seconds passed; stagers are asked to take it first.
 
         Raises:
-            StagingStopped: nobody has been staging for some seconds, or `timeout` seconds ran out.
+            StagingStopped: nobody has been staging for some seconds, this call's or those before it.
         """
         if self.ready(start, stop) or self._map is None:
             return
-        begun = seen = time.monotonic()
+        begun = time.monotonic()
+        if begun - self._waited > _ABANDONED / 5:
+            self._seen = begun
         delay = _POLL_FIRST
         if os.access(self._folder.map, os.W_OK):
             self._map.want(*self._grid.covering(start, stop))
         while not self.ready(start, stop):
             self._check()
-            now = time.monotonic()
+            self._waited = now = time.monotonic()
             if timeout is not None and now - begun > timeout:
-                raise StagingStopped(
-                    f"{self.path!r} did not arrive within {timeout:g} s: is its staging still running?"
-                )
-            if now - seen > _ABANDONED / 5:
+                return
+            if now - self._seen > _ABANDONED / 5:
                 if being_staged(self._folder):
-                    seen = now
-                elif now - seen > _ABANDONED:
+                    self._seen = now
+                elif now - self._seen > _ABANDONED:
                     raise StagingStopped(
                         f"nobody is staging {self.path!r} any more, and it is incomplete: run `headrace stage` again."
                     )

@@ -78,9 +78,10 @@ async def resolve(
     where = f"{origin.uri}/{PUBLISHED_NAME}"
     data = await origin.fetch(PUBLISHED_NAME, manifest.MAX_BYTES)
     if data is not None:
-        published = replace(manifest.parse(data, where), published=True, uri=None, revision=None)
-        if need.level == "signed":
-            signature.verify(published, need.keys, where)
+        # What only the store's own manifests say does not come from outside.
+        plain = replace(manifest.parse(data, where), published=True, uri=None, revision=None, signed_by=None)
+        key = signature.verify(plain, need.keys, where) if need.level == "signed" else None
+        published = replace(plain, signed_by=key)
         return await _from_published(origin, published, wanted, where)
     if need.level is not None:
         error = SignatureError if need.level == "signed" else ManifestError

@@ -29,7 +29,7 @@ _OTHER_WEIGHTS = (
     "*.mlmodel",
 )
 # No part of a model, whoever asks: neither staged nor published by default.
-NEVER = (".git*", ".cache/*", "*/.cache/*", ".DS_Store", PUBLISHED_NAME)
+NEVER = (".git*", ".cache/*", "*/.cache/*", ".DS_Store", "._*", PUBLISHED_NAME)
 # A reference to one of these alone is unpacked (see `archive`).
 ARCHIVES = (".tar", ".tar.gz", ".tgz")
 

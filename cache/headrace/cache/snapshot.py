@@ -113,7 +113,8 @@ class Snapshot:
             if target.exists() and os.path.samefile(target, source):
                 continue
             make_dirs(target.parent)
-            fresh = target.with_name(f"{TEMPORARY}{uuid.uuid4().hex}")
+            # Not below `files`: what a killed process leaves must not be shown.
+            fresh = self.path / f"{TEMPORARY}{uuid.uuid4().hex}"
             link_or_copy(source, fresh)
             os.rename(fresh, target)
             sync_dir(target.parent)

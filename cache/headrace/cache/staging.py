@@ -216,6 +216,7 @@ async def _stage(job: StagingJob) -> StageReport:
             try:
                 snapshot, manifest = prepared.snapshot, prepared.manifest
                 whole = not archive.is_archive(manifest)
+                derived = None if whole else archive.find(domain, snapshot, prepared.name, request.selection)
                 progress.total = manifest.size
                 job.opened = domain, snapshot
 
@@ -223,7 +224,9 @@ async def _stage(job: StagingJob) -> StageReport:
                     if whole:
                         job.prepared.set()
 
-                if snapshot.complete:
+                if derived is not None:
+                    progress.present = progress.total
+                elif snapshot.complete and domain.has_objects(manifest):
                     snapshot.relink(domain.object_files(manifest))
                     snapshot.touch_used()
                     progress.present = progress.total
@@ -233,10 +236,18 @@ async def _stage(job: StagingJob) -> StageReport:
                         headers=prepared.headers, limits=request.limits, announce=announce,
                     )  # fmt: skip
                     await _with_workers(stager, store, domain, snapshot, reference, options, job, settings)
-                if not whole:
-                    snapshot, manifest = await asyncio.to_thread(
-                        archive.derive, store, domain, snapshot, manifest, prepared.name, request.selection
+                if not whole and derived is None:
+                    derived = await archive.derive(
+                        store,
+                        domain,
+                        snapshot,
+                        manifest,
+                        prepared.name,
+                        request.selection,
+                        chunk=request.chunk,
                     )
+                if derived is not None:
+                    snapshot, manifest = derived.snapshot, derived.manifest
                     job.opened = domain, snapshot
                 progress.phase = "staged"
             finally:
@@ -252,7 +263,7 @@ async def _stage(job: StagingJob) -> StageReport:
         progress.chunks,
         progress.seconds,
         dict(progress.fetched),
-        prepared.skipped,
+        prepared.skipped + (derived.skipped if derived is not None else ()),
         tuple(progress.notes),
         max(0.0, progress.last_mark - progress.started),
     )

@@ -119,15 +119,7 @@ class Store:
     def tmp(self) -> Path:
         """This process's own folder for what is being built."""
         if self._tmp is None:
-            while True:
-                folder = self.root / "tmp" / uuid.uuid4().hex
-                folder.mkdir(mode=0o700)
-                fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-                # A sweeper may have taken the folder between the two calls.
-                if locks.try_flock(fd, exclusive=True) and locks.same_inode(fd, folder):
-                    break
-                os.close(fd)
-            self._tmp = folder, fd
+            self._tmp = claim_folder(self.root / "tmp")
         return self._tmp[0]
 
     @property
@@ -146,16 +138,15 @@ class Store:
 
     def _sweep(self) -> None:
         """Remove what killed processes left in `tmp/` and `trash/`."""
-        for entry in (self.root / "trash").iterdir():
-            shutil.rmtree(entry, ignore_errors=True)
-        for entry in (self.root / "tmp").iterdir():
-            try:
-                fd = os.open(entry, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            except (FileNotFoundError, NotADirectoryError):
-                continue
-            if locks.try_flock(fd, exclusive=True):
-                shutil.rmtree(entry, ignore_errors=True)
-            os.close(fd)
+        for base in (self.root / "trash", self.root / "tmp"):
+            for entry in base.iterdir():
+                try:
+                    fd = os.open(entry, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                except (FileNotFoundError, NotADirectoryError):
+                    continue
+                if locks.try_flock(fd, exclusive=True):
+                    shutil.rmtree(entry, ignore_errors=True)
+                os.close(fd)
 
     def close(self) -> None:
         if self._tmp is not None:
@@ -204,6 +195,10 @@ class Domain:
         """Each path's complete object file."""
         return {f.path: self.object(content.object_id(self.name, f)).data for f in content.files}
 
+    def has_objects(self, content: Manifest) -> bool:
+        """Whether every object is complete. A newer manifest of the same files may cut them otherwise."""
+        return all(path.exists() for path in self.object_files(content).values())
+
     def resolved(
         self, reference: str, selection: Selection, *, complete: bool = False
     ) -> tuple[Snapshot, Name] | None:
@@ -230,6 +225,21 @@ class Domain:
         raise NotStaged(
             f"{text!r} is not in the store: `headrace ls` shows what is, `headrace stage` brings it."
         )
+
+
+def claim_folder(base: Path) -> tuple[Path, int]:
+    """A new folder below `tmp` or `trash`, and a descriptor whose flock keeps the sweep away from it."""
+    while True:
+        folder = base / uuid.uuid4().hex
+        folder.mkdir(mode=0o700)
+        # A sweeper may take the folder between any two of these calls.
+        try:
+            fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            continue
+        if locks.try_flock(fd, exclusive=True) and locks.same_inode(fd, folder):
+            return folder, fd
+        os.close(fd)
 
 
 def _prepare(root: Path) -> None:

@@ -22,6 +22,8 @@ def open_source(
 ) -> Source:
     """Open a model for loading: a path that exists as it is, anything else as a model reference.
 
+    An archive, which has to be unpacked, is a reference wherever it lies.
+
     Args:
         src: a directory, a file, or a model reference such as "s3://bucket/model".
         root: the store; by default as the command line chooses it.
@@ -33,9 +35,12 @@ def open_source(
         HeadraceError: whatever resolving and staging the reference raises.
     """
     text = os.fspath(src)
-    if os.path.exists(text):
+    from headrace.cache.selection import ARCHIVES
+
+    packed = text.endswith(ARCHIVES) and os.path.isfile(text)
+    if os.path.exists(text) and not packed:
         return DirectorySource(text)
-    if not isinstance(src, str) or ":" not in text:
+    if not packed and (not isinstance(src, str) or ":" not in text):
         raise NotFound(f"{text} does not exist: give a directory, a .safetensors file or a model reference")
     from headrace.cache.staging import open_for_loading
 

@@ -51,9 +51,11 @@ class _Walker:
         self._top = url.rstrip("/") + "/"
         self._timeout = options.first_byte_timeout
         proxies = {"http": options.proxy, "https": options.proxy} if options.proxy else {}
-        context = ssl.create_default_context()
-        if options.ca_bundle:
-            context.load_verify_locations(options.ca_bundle)
+        context = None
+        if self._top.startswith("https:"):  # reading the system's certificates takes a while
+            context = ssl.create_default_context()
+            if options.ca_bundle:
+                context.load_verify_locations(options.ca_bundle)
         self._opener = urllib.request.build_opener(
             urllib.request.ProxyHandler(proxies), urllib.request.HTTPSHandler(context=context)
         )

@@ -16,14 +16,14 @@ import asyncio
 import os
 import re
 import secrets
-import shutil
 import stat as modes
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
-from headrace.cache.errors import NotFound, OriginChanged, OriginError, UnsafePath, UsageError
+from headrace.cache.errors import Interrupted, NotFound, OriginChanged, OriginError, UnsafePath, UsageError
 from headrace.cache.origins import translate
 from headrace.cache.origins.options import OriginOptions
 from headrace.cache.origins.protocol import Listing, OriginFile, Pin
@@ -95,7 +95,14 @@ class LocalOrigin:
         return await self._threaded(lambda: self._fetch(path, limit), self._child_uri(path))
 
     async def put(self, path: str, source: str) -> None:
-        """Copy `source` to `path`: written beside it, synced, renamed into place."""
+        """Copy `source` to `path`: written beside it, synced, renamed into place; ends when cancelled."""
+        stop = threading.Event()
+
+        def copy(reader: BinaryIO, writer: BinaryIO) -> None:
+            while piece := reader.read(PIECE):
+                if stop.is_set():
+                    raise Interrupted(f"the upload of {path!r} was interrupted: repeat it.")
+                writer.write(piece)
 
         def upload() -> None:
             try:
@@ -103,9 +110,12 @@ class LocalOrigin:
             except OSError as error:
                 raise UsageError(f"{source} cannot be uploaded ({error.strerror}).") from error
             with reader:
-                self._replace(path, lambda writer: shutil.copyfileobj(reader, writer, PIECE))
+                self._replace(path, lambda writer: copy(reader, writer))
 
-        await self._threaded(upload, self._child_uri(path))
+        try:
+            await self._threaded(upload, self._child_uri(path))
+        finally:
+            stop.set()
 
     async def put_bytes(self, path: str, data: bytes) -> None:
         """Write `data` to `path`: written beside it, synced, renamed into place."""

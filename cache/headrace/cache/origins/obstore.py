@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 # The least size of a piece. Measured with 8 ranges of 16 MiB from nginx, written by threads: 1 MiB
 # costs about a fifth more CPU in event-loop turns, and whole ranges (`bytes_async`) make each write
 # wait for the whole answer, at up to twice the memory; from 2 to 8 MiB nothing could be told apart.
-PIECE = 4 << 20
+PIECE = 8 << 20  # of one request, taken whole: a stream's pieces are zeroed and copied once more (+0.2 CPU s/GB)
 HEADS = 32  # HEAD requests under way at once
 PART = 16 << 20  # of an upload; S3 takes 10,000 parts
 PARTS = 9_000
@@ -162,24 +162,29 @@ class ObstoreOrigin:
     # -- reading -------------------------------------------------------------------------------
 
     async def read(self, file: OriginFile, start: int, stop: int) -> AsyncIterator[Buffer]:
-        """The bytes [start, stop) as obstore's buffers, which are handed on uncopied."""
+        """The bytes [start, stop) as obstore's buffers, which are handed on uncopied; a request for each."""
         if start >= stop:
             return
         key = await self._key(file.path)
-        uri = self._at(key)
-        options: GetOptions = {"range": (start, stop)}
+        options: GetOptions = {}
         if file.pin.kind in ("version", "generation"):
             options["version"] = file.pin.value
         elif file.pin.kind == "etag" and not file.pin.value.startswith("W/"):
             options["if_match"] = f'"{file.pin.value}"'
+        for position in range(start, stop, PIECE):
+            options["range"] = (position, min(stop, position + PIECE))
+            yield await self._piece(file, key, options)
+
+    async def _piece(self, file: OriginFile, key: str, options: GetOptions) -> Buffer:
+        """One range of the pinned version."""
+        uri = self._at(key)
         try:
             result = await self._ask(lambda store: self._get(store, key, options), uri)
         except (NotFound, translate.WrongRange) as error:
             raise await self._explained(error, key, file) from None
         self._compare(file, result.meta, uri)
         try:
-            async for piece in result.stream(min_chunk_size=PIECE):
-                yield piece
+            return await result.bytes_async()
         except (BaseError, OSError) as error:
             raise translate.foreign(error, uri) from None
 
