@@ -12,7 +12,7 @@ from headrace.cache import chunkmap
 from headrace.cache import object as objects
 from headrace.cache.chunkmap import ABSENT, DURABLE, WRITTEN, ChunkMap
 from headrace.cache.digest import XXH3, chunk_digest
-from headrace.cache.errors import Held
+from headrace.cache.errors import Held, StoreError
 from headrace.cache.grid import fixed
 from headrace.cache.object import ObjectFolder, ObjectSpec, ObjectWriter
 
@@ -217,3 +217,10 @@ def test_a_finished_file_moves_in_as_a_complete_object(tmp_path: Path) -> None:
     assert folder.spec() == SPEC
     assert list(objects.learned_digests(folder, COUNT)) == digests
     assert not list((tmp_path / "tmp").iterdir())
+
+
+@pytest.mark.parametrize("torn", ["map", "digests", "partial"])
+def test_a_young_folder_torn_by_a_power_loss_is_not_opened(folder: ObjectFolder, torn: str) -> None:
+    (folder.path / torn).write_bytes(b"")
+    with pytest.raises(StoreError, match="verify"):
+        ObjectWriter(folder, SPEC)

@@ -9,10 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
-from support.faulty_server import FaultyServer
+from support.faulty_server import Fault, FaultyServer
 from support.models import CHUNK, IMPATIENT, below, published, small_model, stage_small, visible
 
-from headrace.cache.errors import Interrupted, NoSpace, StagingStopped
+from headrace.cache.errors import AccessDenied, Interrupted, NoSpace, StagingStopped
+from headrace.cache.object import ObjectFolder
 from headrace.cache.prepare import StageRequest
 from headrace.cache.reading import StoredSnapshot
 from headrace.cache.snapshot import Selection
@@ -185,3 +186,22 @@ def test_trust_domains_share_nothing(root: Path) -> None:
         assert one.snapshot != other.snapshot
         with Store.open(root, writable=False) as store:
             assert oct(store.domain("tenant").path.stat().st_mode & 0o777) == "0o700"
+
+
+@pytest.mark.parametrize("torn", ["map", "digests", "partial", "lock", "grid"])
+def test_a_young_object_torn_by_a_power_loss_is_made_again(root: Path, torn: str) -> None:
+    with FaultyServer(
+        below("model", MODEL), faults=[Fault("status", path="*.safetensors", status=403, nth=9)]
+    ) as server:
+        with pytest.raises(AccessDenied):
+            stage_small(f"{server.url}/model", root)
+        for folder in root.glob("domains/default/objects/*"):
+            if torn == "lock":
+                (folder / torn).unlink()
+            elif not (folder / "data").exists():
+                (folder / torn).write_bytes(b"")
+        server.faults = ()
+        stage_small(f"{server.url}/model", root)
+        assert visible(root) == MODEL
+        for folder in root.glob("domains/default/objects/*"):
+            assert ObjectFolder(folder).spec().id == folder.name

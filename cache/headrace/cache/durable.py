@@ -53,6 +53,7 @@ def make_dirs(path: Path, mode: int = 0o755) -> None:
         missing.append(path)
         path = path.parent
     for folder in reversed(missing):
-        folder.mkdir(exist_ok=True)
+        # Twice: a crash in between must not leave more than `mode` allows; umask may take some away.
+        folder.mkdir(mode, exist_ok=True)
         folder.chmod(mode)
         sync_dir(folder.parent)

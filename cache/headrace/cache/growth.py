@@ -19,13 +19,16 @@ class ConnectionGrowth:
         rest: samples to wait before trying again after it settled.
     """
 
-    target: int = 4
-    limit: int = 64
-    gain: float = 1.1
+    target: int = 8
+    limit: int = 32
+    gain: float = 1.3
     rest: int = 20
     _best: float = 0.0
     _best_target: int = 0
     _resting: int = 0
+
+    def __post_init__(self) -> None:
+        self.target = min(self.target, self.limit)
 
     def observe(self, rate: float) -> int:
         """Take a sample of bytes per second at the present target; returns the next target."""

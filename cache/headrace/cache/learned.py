@@ -37,12 +37,11 @@ class LearnedDigests:
 
     @staticmethod
     def create(path: Path, count: int, algorithm: str) -> None:
-        """Write empty slots, synced."""
+        """Write empty slots."""
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             allocate(fd, _HEADER.size + count * _SLOT.size)
             os.pwrite(fd, _HEADER.pack(_MAGIC, 1, algorithm.encode()), 0)
-            os.fsync(fd)
         finally:
             os.close(fd)
 

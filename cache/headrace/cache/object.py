@@ -8,6 +8,8 @@
                        /map, /digests, /lock
 
 Crash story. `create` builds the folder under `tmp/` and renames it: a crash leaves a folder in `tmp/`.
+Nothing is synced then: after a power loss a young folder may hold empty or torn files, which opening it
+tells from a good one (`StoreError`); no chunk of it was durable, so it is thrown away and made again.
 A crash while filling leaves marks that are true (see `chunkmap`) and claims that died with their
 holder. `complete` syncs bytes, digests and marks, sets the mode, renames `partial` to `data`, syncs
 the folder: before the rename the next stager finds a full map and completes; after it `data` exists
@@ -107,12 +109,9 @@ def create(spec: ObjectSpec, folder: ObjectFolder, tmp: Path) -> None:
         fd = os.open(build.partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             os.ftruncate(fd, spec.size)
-            os.fsync(fd)
         finally:
             os.close(fd)
-        sync_dir(build.path)
         os.rename(build.path, folder.path)
-        sync_dir(folder.path.parent)
     except OSError as error:
         shutil.rmtree(build.path, ignore_errors=True)
         # Another stager made the same object first: theirs is as good.
@@ -148,6 +147,7 @@ def create_complete(
             chunk_map.sync()
         source.chmod(0o444)
         sync_file(source)
+        sync_file(build.grid_file)
         os.rename(source, build.data)
         sync_dir(build.path)
         try:
@@ -164,13 +164,12 @@ def create_complete(
 
 
 def _build(spec: ObjectSpec, build: ObjectFolder) -> None:
-    """Everything of an object's folder but its bytes, synced."""
+    """Everything of an object's folder but its bytes; not synced."""
     build.path.mkdir(mode=0o755)
     build.path.chmod(0o755)
     stored = {"key": spec.key, "lengths": spec.grid.runs(), "algorithm": spec.algorithm}
     build.grid_file.write_bytes(json.dumps(stored).encode())
     build.grid_file.chmod(0o644)
-    sync_file(build.grid_file)
     os.close(os.open(build.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
     ChunkMap.create(build.map, len(spec.grid))
     LearnedDigests.create(build.digests, len(spec.grid), spec.algorithm)
@@ -202,9 +201,12 @@ class ObjectWriter:
                 raise FileNotFoundError(errno.ENOENT, "evicted meanwhile", str(folder.path))
             self.map = ChunkMap.open(folder.map, writable=True)
             self.learned = LearnedDigests(folder.digests, writable=True)
-            if self.map.count != len(spec.grid) or self.learned.algorithm != spec.algorithm:
+            differs = self.map.count != len(spec.grid) or self.learned.algorithm != spec.algorithm
+            if differs or (not folder.complete and folder.spec() != spec):
                 raise StoreError(f"the object {str(folder.path)!r} has another grid: run `headrace verify`.")
             self._open_data()
+            if os.fstat(self._data).st_size != spec.size:
+                raise StoreError(f"the object {str(folder.path)!r} has a wrong size: run `headrace verify`.")
             if not self.complete and not self.map.current:
                 self._recover()
         except BaseException:
@@ -304,8 +306,9 @@ class ObjectWriter:
     def try_complete(self) -> bool:
         """Turn a full `partial` into `data`; True when `data` exists afterwards.
 
-        Gives up the shared lock for good, so that of several stagers one gets the exclusive one;
-        False means that another still holds its own: call again soon.
+        Gives up the shared lock, so that of several stagers one gets the exclusive one. False means
+        that another still holds its own: call again soon. Or, with the shared lock held again, that
+        a failed sync or a repair took chunks back meanwhile: fetch those first.
 
         Raises:
             OSError: the sync failed.
@@ -315,22 +318,29 @@ class ObjectWriter:
             return True
         if not locks.try_lock(self._lock, WHOLE, 1, exclusive=True):
             return False
+        shared = False
         try:
             if self.complete:
                 return True
+            if self.map.next_absent(0) >= 0:
+                locks.lock(self._lock, WHOLE, 1, exclusive=False)
+                shared = True
+                return False
             self._sync_bytes()
             for index, state in enumerate(self.map.states()):
                 if state == WRITTEN:
                     self.map.mark(index, DURABLE)
             self.map.set_verified()
             self.map.sync()
+            sync_file(self.folder.grid_file)
             os.fchmod(self._data, 0o444)
             os.fsync(self._data)
             os.rename(self.folder.partial, self.folder.data)
             sync_dir(self.folder.path)
             return True
         finally:
-            locks.unlock(self._lock, WHOLE, 1)
+            if not shared:
+                locks.unlock(self._lock, WHOLE, 1)
 
     def adopt(self, source: Path) -> bool:
         """Become the same inode as another object's complete `data`, whose bytes were compared.
@@ -351,6 +361,7 @@ class ObjectWriter:
                     return False
                 raise
             self.learned.sync()
+            sync_file(self.folder.grid_file)
             os.rename(link, self.folder.data)
             self.folder.partial.unlink(missing_ok=True)
             sync_dir(self.folder.path)

@@ -9,26 +9,24 @@ intact, and the next repair does the same again.
 
 from __future__ import annotations
 
-import os
-import shutil
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from headrace.cache import config, locks
+from headrace.cache import config
 from headrace.cache import object as objects
-from headrace.cache.durable import sync_dir
-from headrace.cache.errors import Held, NotFound, StoreError
+from headrace.cache.archive import DERIVED
+from headrace.cache.errors import NotFound, StoreError
 from headrace.cache.manifest import Manifest, ManifestFile
-from headrace.cache.object import WHOLE, ObjectFolder, ObjectSpec
+from headrace.cache.object import ObjectFolder, ObjectSpec
 from headrace.cache.origins import open_origin
 from headrace.cache.origins.options import OriginOptions
 from headrace.cache.progress import Progress
 from headrace.cache.salvage import origin_reference
 from headrace.cache.snapshot import Snapshot, link_or_copy
 from headrace.cache.stager import Stager
-from headrace.cache.store import Domain, Store, claim_folder
+from headrace.cache.store import Domain, Store
 from headrace.cache.verify import chunk_digests, known_digests, sha256_of
 
 
@@ -51,12 +49,12 @@ async def rebuild(
             found = _still_there(domain, content, file, folder, pool)
         if found is None:
             fetch = True
-            _discard(store, folder)
+            store.discard(folder)
             continue
         source, digests = found
         link = store.tmp / f"salvaged-{uuid.uuid4().hex}"
         link_or_copy(source, link)
-        _discard(store, folder)
+        store.discard(folder)
         key = file.content_key(content.uri, content.algorithm)
         objects.create_complete(
             ObjectSpec(folder.id, key, file.grid, content.algorithm), folder, store.tmp, link, digests
@@ -70,6 +68,11 @@ async def _fetch(
     store: Store, domain: Domain, snapshot: Snapshot, content: Manifest, options: OriginOptions | None
 ) -> None:
     reference = origin_reference(content)
+    if any(name.reference.startswith(DERIVED) for name in snapshot.names()):
+        raise NotFound(
+            f"a file of the snapshot {snapshot.id[:12]}, which came out of an archive, is lost: "
+            f"`headrace rm` it, then stage it again."
+        )
     if reference is None:
         raise NotFound(
             f"nothing says where the snapshot {snapshot.id[:12]} came from: remove it, and stage it again."
@@ -111,28 +114,3 @@ def _candidates(domain: Domain, folder: ObjectFolder) -> Iterator[Path]:
             for file in content.files:
                 if content.object_id(domain.name, file) == folder.id:
                     yield snapshot.files / file.path
-
-
-def _discard(store: Store, folder: ObjectFolder) -> None:
-    """Move a damaged folder to the trash."""
-    bin_folder, claim = claim_folder(store.trash)
-    lock = -1
-    try:
-        with store.structure(exclusive=True):
-            if not folder.path.exists():
-                return
-            try:
-                lock = os.open(folder.lock, os.O_RDWR | os.O_CLOEXEC)
-            except FileNotFoundError:
-                lock = -1
-            if lock >= 0 and not locks.try_lock(lock, WHOLE, 2, exclusive=True):
-                raise Held(
-                    f"the object {folder.id[:12]} is in use, so it is not made again now: repeat it later."
-                )
-            os.rename(folder.path, bin_folder / folder.id)
-            sync_dir(folder.path.parent)
-    finally:
-        if lock >= 0:
-            os.close(lock)
-        shutil.rmtree(bin_folder)
-        os.close(claim)

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 from types import TracebackType
+from typing import IO
 
 from headrace.cache import config
+from headrace.cache.archive import DERIVED
 from headrace.cache.digest import chunk_digest
-from headrace.cache.errors import HeadraceError, IntegrityError, NotFound, OriginChanged, OriginError
+from headrace.cache.errors import (
+    ArchiveError,
+    HeadraceError,
+    IntegrityError,
+    NotFound,
+    OriginChanged,
+    OriginError,
+)
 from headrace.cache.manifest import Manifest, ManifestFile
 from headrace.cache.origins import open_origin
 from headrace.cache.origins.options import OriginOptions
@@ -15,6 +24,9 @@ from headrace.cache.reference import REVISION_SCHEMES, Reference, parse
 from headrace.cache.reuse import LocalChunks
 from headrace.cache.snapshot import Snapshot
 from headrace.cache.store import Domain
+from headrace.cache.tarball import ArchiveLimits, Unpacked, members
+
+_BLOCK = 8 << 20
 
 
 def origin_reference(content: Manifest) -> Reference | None:
@@ -42,8 +54,10 @@ class ChunkFinder:
         self._local: LocalChunks | None = None
         self._origins: dict[Reference, Origin] = {}
         own = origin_reference(content)
-        names = [parse(name.reference) for name in snapshot.names()]
-        self._references = list(dict.fromkeys([*([own] if own else []), *names]))
+        names = [name.reference for name in snapshot.names()]
+        self._archives = [n.removeprefix(DERIVED) for n in names if n.startswith(DERIVED)]
+        others = [parse(name) for name in names if not name.startswith(DERIVED)]
+        self._references = list(dict.fromkeys([*([own] if own else []), *others]))
 
     async def __aenter__(self) -> ChunkFinder:
         return self
@@ -67,8 +81,10 @@ class ChunkFinder:
             OriginError: the origin lacks them, refuses, or has changed.
             IntegrityError: the origin serves other bytes.
         """
-        if expected is not None and (data := self._on_disk(file, index, expected)) is not None:
-            return data, "local"
+        if expected is not None:
+            data = self._on_disk(file, index, expected) or self._from_archive(file, index, expected)
+            if data is not None:
+                return data, "local"
         first: HeadraceError | None = None
         for reference in self._references:
             try:
@@ -88,6 +104,27 @@ class ChunkFinder:
         if data is None or chunk_digest(self._content.algorithm, data) != expected:
             return None
         return data
+
+    def _from_archive(self, file: ManifestFile, index: int, expected: bytes) -> bytes | None:
+        """Out of the archive that the snapshot was extracted from, if that is still here."""
+        start, stop = file.grid.span(index, index + 1)
+        for archive in map(self._domain.snapshot, self._archives):
+            if not archive.complete:
+                continue
+            (packed,) = archive.manifest().files
+            where = f"{archive.id[:12]} ({packed.path})"
+            limits = ArchiveLimits()
+            try:
+                with Unpacked(open(archive.files / packed.path, "rb"), where, limits) as stream:
+                    for path, _, content in members(stream, where, limits, lambda: None):
+                        if path == file.path and content is not None:
+                            _skip(content, start)
+                            data = content.read(stop - start)
+                            return data if chunk_digest(self._content.algorithm, data) == expected else None
+            except ArchiveError:
+                # Spoiled too: the origin is asked.
+                continue
+        return None
 
     async def _from_origin(
         self, reference: Reference, file: ManifestFile, index: int, expected: bytes | None
@@ -131,3 +168,8 @@ class ChunkFinder:
         ):
             raise IntegrityError(f"{origin.uri}/{file.path}: the origin serves other bytes now.")
         return data
+
+
+def _skip(content: IO[bytes], size: int) -> None:
+    while size > 0 and (block := content.read(min(size, _BLOCK))):
+        size -= len(block)

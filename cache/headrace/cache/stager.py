@@ -24,10 +24,11 @@ from headrace.cache import disk, reuse
 from headrace.cache import object as objects
 from headrace.cache.chunkmap import ABSENT
 from headrace.cache.digest import Hasher, hasher
-from headrace.cache.errors import HeadraceError, IntegrityError, Interrupted, NoSpace
+from headrace.cache.durable import sync_dir
+from headrace.cache.errors import HeadraceError, IntegrityError, Interrupted, NoSpace, StoreError
 from headrace.cache.growth import ConnectionGrowth
 from headrace.cache.manifest import Manifest, ManifestFile
-from headrace.cache.object import ObjectSpec, ObjectWriter
+from headrace.cache.object import ObjectFolder, ObjectSpec, ObjectWriter
 from headrace.cache.origins.protocol import Origin
 from headrace.cache.progress import Progress
 from headrace.cache.snapshot import Snapshot
@@ -42,7 +43,9 @@ _SAMPLE = 0.5
 _TICK = 0.01
 _THREADS = 8
 _SYNC_EVERY = 1 << 30
+_BLOCK = 1 << 20
 _CORRUPT_TRIES = 3
+_MARGIN = 1 << 20
 
 T = TypeVar("T")
 
@@ -58,7 +61,7 @@ class StagerLimits:
     """
 
     span: int = 16 << 20
-    connections: int = 64
+    connections: int = 32
     reserve: int = 64 << 20
 
 
@@ -74,6 +77,13 @@ class _Filling:
     completing: bool = False
     done: bool = False
     tries: dict[int, int] = field(default_factory=dict)
+    elsewhere: bool = False
+    """Whether `data` was seen, which someone else has made, whatever the map says."""
+
+    @property
+    def full(self) -> bool:
+        """Every chunk is there. Asked all the time, so without a system call that lets go of the GIL."""
+        return self.elsewhere or self.writer.map.next_absent(0) < 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +159,7 @@ class Stager:
                 await self._fill()
                 self._progress.phase = "completing"
                 files = self._domain.object_files(self._manifest)
+                await self._in_thread(sync_dir, self._domain.path / "objects")
                 await self._in_thread(self._snapshot.link, files, self._store.tmp)
                 await self._in_thread(self._snapshot.relink, files)
                 self._snapshot.touch_used()
@@ -167,6 +178,9 @@ class Stager:
         except asyncio.CancelledError:
             self._cancelled.set()
             await asyncio.wait([job])
+            # What it failed with matters no more; unasked, it would be reported as lost.
+            if not job.cancelled():
+                job.exception()
             raise
 
     def _go_on(self) -> None:
@@ -180,15 +194,33 @@ class Stager:
         by_id: dict[str, ManifestFile] = {}
         for file in self._manifest.files:
             by_id.setdefault(self._manifest.object_id(self._domain.name, file), file)
+        while damaged := self._try_open(by_id):
+            # Only a power loss leaves these, and none of their chunks was durable.
+            for folder in damaged:
+                self._store.discard(folder)
+
+    def _try_open(self, by_id: dict[str, ManifestFile]) -> list[ObjectFolder]:
+        """Open what is not open yet; the folders that are damaged and have to be made again."""
+        damaged = []
+        opened = {f.writer.spec.id for f in self._all}
         with self._store.structure(exclusive=False):
             for object_id, file in by_id.items():
+                if object_id in opened:
+                    continue
                 key = file.content_key(self._manifest.uri, self._manifest.algorithm)
                 spec = ObjectSpec(object_id, key, file.grid, self._manifest.algorithm)
                 folder = self._domain.object(object_id)
                 objects.create(spec, folder, self._store.tmp)
-                writer = ObjectWriter(folder, spec)
+                try:
+                    writer = ObjectWriter(folder, spec)
+                except (StoreError, FileNotFoundError):
+                    if folder.complete:
+                        raise
+                    damaged.append(folder)
+                    continue
                 self._all.append(_Filling(file, writer))
                 self._progress.present += writer.present_bytes()
+        return damaged
 
     def _reserve_space(self) -> None:
         """Know before anything is fetched whether all of it will fit."""
@@ -203,7 +235,8 @@ class Stager:
         missing = error.missing
         if not missing:
             left = sum(f.size for f in self._manifest.files) - self._progress.done
-            missing = max(0, left + self._limits.reserve - disk.free_bytes(self._store.root))
+            # Room for the bytes may be taken already: then it was the folders and links that found none.
+            missing = max(_MARGIN, left + self._limits.reserve - disk.free_bytes(self._store.root))
         return NoSpace(
             f"the store {str(self._store.root)!r} has too little space for {self._manifest.uri}: {missing} bytes are "
             f"missing; free them with `headrace gc`, or choose another disk with --root.",
@@ -248,7 +281,7 @@ class Stager:
                 self._grow()
                 while self._open:
                     self._finish_full()
-                    if any(not f.writer.full for f in self._open):
+                    if any(not f.full for f in self._open):
                         # Also after a failed sync has returned chunks to absent.
                         self._grow()
                     await asyncio.sleep(_TICK)
@@ -268,6 +301,8 @@ class Stager:
         while True:
             await asyncio.sleep(_SAMPLE)
             now = time.monotonic()
+            for filling in self._open:
+                filling.elsewhere = filling.writer.complete
             own = sum(self._progress.fetched.values())
             self._progress.present = sum(f.writer.present_bytes() for f in self._all) - own
             if self._moved > moved:
@@ -281,7 +316,7 @@ class Stager:
             while self._fetchers <= self._growth.target:
                 span = self._next_span()
                 if span is None:
-                    if all(f.writer.full for f in self._open):
+                    if all(f.full for f in self._open):
                         return
                     # Others hold the rest, or it is in flight here: look again soon, and take over.
                     await asyncio.sleep(delay)
@@ -385,7 +420,7 @@ class Stager:
     def _finish_full(self) -> None:
         self._open = [f for f in self._open if not f.done]
         for filling in self._open:
-            if not filling.completing and not filling.flying and filling.writer.full:
+            if not filling.completing and not filling.flying and filling.full:
                 filling.completing = True
                 self._group.create_task(self._complete(filling))
 
@@ -395,6 +430,9 @@ class Stager:
             await self._in_thread(self._check_whole, filling)
         delay = _POLL_FIRST
         while not await self._in_thread(writer.try_complete):
+            if not filling.full:
+                filling.completing = False
+                return
             await asyncio.sleep(delay)
             delay = min(delay * 2, _POLL_MOST)
         if file.digest is None and file.chunks is None:
@@ -443,9 +481,10 @@ class _ChunkSink:
         view = memoryview(piece).cast("B")
         while view:
             end = self._grid.offsets[self._index + 1]
-            part = view[: end - self._offset]
-            self._writer.write(part, self._offset)
+            # Hashed, then written while the processor's cache still has it.
+            part = view[: min(end - self._offset, _BLOCK)]
             self._state.update(part)
+            self._writer.write(part, self._offset)
             self._offset += len(part)
             view = view[len(part) :]
             if self._offset == end:

@@ -24,10 +24,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from headrace.cache import disk, locks, snapshot
-from headrace.cache.durable import TEMPORARY, make_dirs, write_file
-from headrace.cache.errors import NotStaged, StoreNotWritable, StoreVersion, UsageError
+from headrace.cache.durable import TEMPORARY, make_dirs, sync_dir, write_file
+from headrace.cache.errors import Held, NotStaged, StoreNotWritable, StoreVersion, UsageError
 from headrace.cache.manifest import Manifest
-from headrace.cache.object import ObjectFolder
+from headrace.cache.object import WHOLE, ObjectFolder
 from headrace.cache.paths import check_path
 from headrace.cache.snapshot import Name, Selection, Snapshot
 
@@ -135,6 +135,34 @@ class Store:
             yield
         finally:
             os.close(fd)
+
+    def discard(self, folder: ObjectFolder) -> None:
+        """Move a damaged object's folder to the trash, to be made again; not an error when it is gone.
+
+        Raises:
+            Held: a stager or a reader has it open.
+        """
+        bin_folder, claim = claim_folder(self.trash)
+        lock = -1
+        try:
+            with self.structure(exclusive=True):
+                if not folder.path.exists():
+                    return
+                try:
+                    lock = os.open(folder.lock, os.O_RDWR | os.O_CLOEXEC)
+                except FileNotFoundError:
+                    lock = -1
+                if lock >= 0 and not locks.try_lock(lock, WHOLE, 2, exclusive=True):
+                    raise Held(
+                        f"the object {folder.id[:12]} is in use, so it is not made again now: repeat it later."
+                    )
+                os.rename(folder.path, bin_folder / folder.id)
+                sync_dir(folder.path.parent)
+        finally:
+            if lock >= 0:
+                os.close(lock)
+            shutil.rmtree(bin_folder)
+            os.close(claim)
 
     def _sweep(self) -> None:
         """Remove what killed processes left in `tmp/` and `trash/`."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -73,6 +74,8 @@ async def work(task: dict[str, Any]) -> Progress:
 
 
 def main() -> int:
+    # A Ctrl-C at the terminal reaches the parent too, and this process ends with it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     task = json.loads(sys.stdin.readline())
 
     def end_with_parent() -> None:
