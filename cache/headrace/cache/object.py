@@ -291,6 +291,9 @@ class ObjectWriter:
             return
         self._sync_bytes()
         self.map.promote([i for i in batch if self.map.state(i) == WRITTEN])
+        # `create` synced nothing: without these the marks would not outlast a power loss.
+        self.map.sync()
+        sync_file(self.folder.grid_file)
 
     def _sync_bytes(self) -> None:
         try:
