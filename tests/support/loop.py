@@ -59,7 +59,11 @@ def disk(kind: str, folder: Path) -> Iterator[Disk]:
 def write_back_something(root: Path, choose: random.Random) -> None:
     """As the kernel may do at any time: bring some of the store's dirty pages to the disk, others not."""
     files = [p for name in ("map", "digests", "partial") for p in root.glob(f"domains/*/objects/*/{name}")]
-    for path in choose.sample(files, min(len(files), choose.randint(0, 6))):
+    filling = [path for path in files if not (path.parent / "data").exists()]
+    eagerness = choose.choice([0.0, 0.3, 0.6])
+    for path in choose.sample(filling, len(filling)):
+        if choose.random() >= eagerness:
+            continue
         try:
             fd = os.open(path, os.O_RDONLY)
         except FileNotFoundError:
@@ -67,7 +71,7 @@ def write_back_something(root: Path, choose: random.Random) -> None:
         try:
             size = os.fstat(fd).st_size
             start = choose.randrange(max(1, size))
-            if path.name == "partial" and choose.random() < 0.7:
+            if path.name == "partial" and choose.random() < 0.5:
                 length = choose.randint(1, 512 << 10)
                 _libc.sync_file_range(
                     fd, ctypes.c_int64(start), ctypes.c_int64(length), _SYNC_FILE_RANGE_WRITE_AND_WAIT
@@ -78,7 +82,9 @@ def write_back_something(root: Path, choose: random.Random) -> None:
             os.close(fd)
 
 
-def after_power_loss(clone: Path, kind: str, truth: Path, files: Sequence[str], reference: str) -> dict[str, Any]:
+def after_power_loss(
+    clone: Path, kind: str, truth: Path, files: Sequence[str], reference: str
+) -> dict[str, Any]:
     """Boot again with this disk (see `reopened`); what was found. Raises AssertionError for anything wrong."""
     # The original is mounted, and has the same id.
     options = "loop,nouuid" if kind == "xfs" else "loop"

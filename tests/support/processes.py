@@ -66,6 +66,15 @@ class Victim:
         return sorted({int(pid) for pid in [*children, *(p for part in more for p in part)]})
 
 
+def is_staging(pid: int) -> bool:
+    """Whether a process has an object open, and so its shared lock."""
+    try:
+        opened = [os.readlink(entry) for entry in Path(f"/proc/{pid}/fd").iterdir()]
+    except FileNotFoundError:
+        return False
+    return any(path.endswith("/partial") for path in opened)
+
+
 def _is_zombie(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"

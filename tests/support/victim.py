@@ -20,6 +20,7 @@ from typing import Any
 from support.models import CHUNK, IMPATIENT, stage_small
 
 import headrace.cache
+from headrace.cache import chunkmap
 from headrace.cache import repair as repairing
 from headrace.cache import stager as stagers
 from headrace.cache.errors import HeadraceError
@@ -122,6 +123,9 @@ def work(task: dict[str, Any], out: int) -> None:
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.dup2(2, 1)
+    if "boot" in task:
+        boot: str = task["boot"]
+        chunkmap.boot_id = lambda: boot
     if "die_at_call" in task:
         die_at_call(*task["die_at_call"])
     if "die_at_line" in task:

@@ -196,10 +196,10 @@ class Stager:
             by_id.setdefault(self._manifest.object_id(self._domain.name, file), file)
         while damaged := self._try_open(by_id):
             # Only a power loss leaves these, and none of their chunks was durable.
-            for folder in damaged:
-                self._store.discard(folder)
+            for folder, seen in damaged:
+                self._store.discard(folder, seen)
 
-    def _try_open(self, by_id: dict[str, ManifestFile]) -> list[ObjectFolder]:
+    def _try_open(self, by_id: dict[str, ManifestFile]) -> list[tuple[ObjectFolder, os.stat_result]]:
         """Open what is not open yet; the folders that are damaged and have to be made again."""
         damaged = []
         opened = {f.writer.spec.id for f in self._all}
@@ -216,7 +216,7 @@ class Stager:
                 except (StoreError, FileNotFoundError):
                     if folder.complete:
                         raise
-                    damaged.append(folder)
+                    damaged.append((folder, folder.path.stat()))
                     continue
                 self._all.append(_Filling(file, writer))
                 self._progress.present += writer.present_bytes()

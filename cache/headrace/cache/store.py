@@ -111,8 +111,9 @@ class Store:
     def domains(self) -> Iterator[Domain]:
         base = self.root / "domains"
         for entry in sorted(base.iterdir()) if base.is_dir() else ():
-            # Another tenant's domain is 0700: not ours to list.
-            if os.access(entry, os.R_OK | os.X_OK):
+            # Another tenant's domain is 0700: not ours to list. `snapshots` is made last: without it a
+            # killed process has left half of one, which `domain` finishes.
+            if os.access(entry, os.R_OK | os.X_OK) and (entry / "snapshots").is_dir():
                 yield Domain(entry.name, entry)
 
     @property
@@ -136,8 +137,11 @@ class Store:
         finally:
             os.close(fd)
 
-    def discard(self, folder: ObjectFolder) -> None:
+    def discard(self, folder: ObjectFolder, seen: os.stat_result | None = None) -> None:
         """Move a damaged object's folder to the trash, to be made again; not an error when it is gone.
+
+        Args:
+            seen: status of the folder when it was found damaged: one that was made again since stays.
 
         Raises:
             Held: a stager or a reader has it open.
@@ -146,7 +150,7 @@ class Store:
         lock = -1
         try:
             with self.structure(exclusive=True):
-                if not folder.path.exists():
+                if not folder.path.exists() or (seen is not None and not _unchanged(folder.path, seen)):
                     return
                 try:
                     lock = os.open(folder.lock, os.O_RDWR | os.O_CLOEXEC)
@@ -253,6 +257,12 @@ class Domain:
         raise NotStaged(
             f"{text!r} is not in the store: `headrace ls` shows what is, `headrace stage` brings it."
         )
+
+
+def _unchanged(folder: Path, seen: os.stat_result) -> bool:
+    # The time as well: a file system may give a deleted folder's inode to the next.
+    now = folder.stat()
+    return os.path.samestat(now, seen) and now.st_mtime_ns == seen.st_mtime_ns
 
 
 def claim_folder(base: Path) -> tuple[Path, int]:

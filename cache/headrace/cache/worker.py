@@ -76,7 +76,11 @@ async def work(task: dict[str, Any]) -> Progress:
 def main() -> int:
     # A Ctrl-C at the terminal reaches the parent too, and this process ends with it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    task = json.loads(sys.stdin.readline())
+    line = sys.stdin.readline()
+    if not line:
+        # The parent ended before it said what to do.
+        return 1
+    task = json.loads(line)
 
     def end_with_parent() -> None:
         sys.stdin.read()

@@ -1,0 +1,84 @@
+"""`headrace load`: a model's tensors into memory, staged as far as needed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from headrace.cli.invocation import Invocation, shared
+from headrace.cli.units import count, show_seconds, show_size
+
+if TYPE_CHECKING:
+    from headrace.loader import LoadStats
+
+
+@click.command("load", short_help="Load tensors while they are still arriving.")
+@click.argument("source", metavar="SRC_OR_DIR")
+@click.option("--device", default="cpu", show_default=True, metavar="DEVICE", help="cpu or cuda:N.")
+@click.option("--name", "names", metavar="TENSOR", multiple=True, help="Only this tensor; repeatable.")
+@click.option(
+    "--pattern", "patterns", metavar="GLOB", multiple=True, help="Only tensors that fit; repeatable."
+)
+@click.option(
+    "--read-path",
+    type=click.Choice(["auto", "mapped", "buffered"]),
+    default="auto",
+    show_default=True,
+    help="How files are read.",
+)
+@click.option("--explain", is_flag=True, help="Say which read path was taken for each file, and why.")
+@click.option("--digest", is_flag=True, help="Compute the digest over all loaded tensors.")
+@shared
+def command(
+    call: Invocation,
+    source: str,
+    device: str,
+    names: tuple[str, ...],
+    patterns: tuple[str, ...],
+    read_path: str,
+    explain: bool,
+    digest: bool,
+) -> None:
+    """Load safetensors from a model reference, a folder or a file; bytes are read as they arrive."""
+    from headrace.cache.progress import Progress
+    from headrace.cli.display import displayed
+    from headrace.cli.loading import load_model
+
+    progress = Progress()
+    # A folder or file is read where it is: nothing is staged, so there is nothing to watch.
+    shown = contextlib.nullcontext() if os.path.exists(source) else displayed(call, source, progress)
+    with shown:
+        outcome = load_model(
+            source,
+            root=call.root,
+            domain=call.domain,
+            progress=progress,
+            device=device,
+            names=names,
+            patterns=patterns,
+            read_path=read_path,
+        )
+    result: dict[str, Any] = outcome.stats.as_json()
+    if digest:
+        result["digest"] = outcome.loaded.digest()
+    call.emit(result, _text(outcome.stats, result.get("digest"), explain))
+
+
+def _text(stats: LoadStats, digest: str | None, explain: bool) -> str:
+    speed = f"{stats.gigabytes_per_second:.2f} GB/s" if stats.seconds else "at once"
+    lines = [
+        stats.source,
+        f"  {count(stats.tensors, 'tensor')}, {show_size(stats.bytes)}, "
+        f"in {show_seconds(stats.seconds)} ({speed}), {stats.read_path}",
+        f"  {', '.join(f'{span.name} {show_seconds(span.seconds)}' for span in stats.trace)}",
+    ]
+    if stats.snapshot is not None:
+        lines.append(f"  snapshot {stats.snapshot[:12]}")
+    if digest is not None:
+        lines.append(f"  digest {digest}")
+    if explain:
+        lines += [f"  {sentence}" for sentence in stats.explain]
+    return "\n".join(lines)
