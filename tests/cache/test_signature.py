@@ -256,6 +256,22 @@ def test_a_signed_selection_serves_with_the_origin_down(folder: Path, tmp_path: 
         stage_small(reference, store, require="signed", keys=(public_hex(private_pem(tmp_path / "x.pem")),))
 
 
+def test_the_same_revision_unsigned_elsewhere_takes_no_signature_away(
+    folder: Path, tmp_path: Path, key: Path
+) -> None:
+    root = tmp_path / "store"
+    signed = manifest_of(small_model())
+    unsigned = {**small_model(), PUBLISHED_NAME: signed.to_published()}
+    named = {**small_model(), PUBLISHED_NAME: signature.sign(signed, key).to_published()}
+    with FaultyServer({f"m/{path}": data for path, data in named.items()}) as server:
+        url = f"{server.url}/m"
+        stage_small(url, root)
+        with FaultyServer({f"m/{path}": data for path, data in unsigned.items()}) as other:
+            stage_small(f"{other.url}/m", root)
+    report = stage_small(url, root, require="signed", keys=(public_hex(key),))
+    assert report.chunks == 0
+
+
 def test_an_origin_cannot_claim_that_its_manifest_was_verified(
     signed: Path, tmp_path: Path, key: Path
 ) -> None:

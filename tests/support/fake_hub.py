@@ -159,7 +159,9 @@ class FakeHub(HttpService):
             return Response(
                 403, b"<Error><Code>AccessDenied</Code><Message>Request has expired</Message></Error>"
             )
-        return serve_bytes(request, self.damaged.get(digest, self._blobs[digest]), {"ETag": f'"{digest[:32]}"'})
+        return serve_bytes(
+            request, self.damaged.get(digest, self._blobs[digest]), {"ETag": f'"{digest[:32]}"'}
+        )
 
     def _find(
         self, name: str, revision: str, request: Request, *, listing: bool

@@ -143,8 +143,10 @@ def _make(
             f"{name} is being evicted again and again while it is staged: stop `headrace gc` meanwhile."
         )
     stored = snapshot.manifest()
-    if manifest.signed_by is None and stored.canonical() == manifest.canonical():
-        manifest = replace(manifest, signed_by=stored.signed_by)
+    if stored.canonical() == manifest.canonical():
+        # The same revision from elsewhere, unsigned there: what is known of it is not forgotten.
+        signatures = tuple(dict.fromkeys((*manifest.signatures, *stored.signatures)))
+        manifest = replace(manifest, signatures=signatures, signed_by=manifest.signed_by or stored.signed_by)
     if stored != manifest and (manifest.published or not stored.published):
         snapshot.replace_manifest(manifest)
     else:
