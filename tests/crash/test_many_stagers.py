@@ -142,7 +142,7 @@ def test_files_shared_with_a_model_that_is_still_filling_are_fetched_once(
     launcher: Launcher, root: Path
 ) -> None:
     """The first becomes complete and is shown while the second, which has one shard more, still fills."""
-    extra = small_model(seed=7)[SHARD]
+    extra = small_model(seed=7, tensors=9)[SHARD]
     second = {**MODEL, "model-00003.safetensors": extra}
     files = {**below("one", published(MODEL)), **below("two", published(second))}
     with FaultyServer(files, rate=3e6) as server:

@@ -153,6 +153,11 @@ def random_kills(
     while tally.kills < wanted:
         one = Round(scene, tally, f"round-{seed}-{tally.rounds}", published=published, workers=workers)
         for _ in range(choose.randint(1, 4)):
-            if tally.kills >= wanted or not one.kill_after(choose.uniform(0, longest)):
+            if tally.kills >= wanted:
+                break
+            killed = one.kill_after(choose.uniform(0, longest))
+            # The machine may have become faster or slower meanwhile.
+            longest *= 1.1 if killed else 0.8
+            if not killed:
                 break
         one.finish()

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 _POLL_FIRST, _POLL_MOST = 0.002, 0.1
 _SAMPLE = 0.5
+_PIECE = 8 << 20
 _TICK = 0.01
 _THREADS = 8
 _SYNC_EVERY = 1 << 30
@@ -305,10 +306,13 @@ class Stager:
                 filling.elsewhere = filling.writer.complete
             own = sum(self._progress.fetched.values())
             self._progress.present = sum(f.writer.present_bytes() for f in self._all) - own
-            if self._moved > moved:
+            if not any(f.flying for f in self._open):
+                before, moved = now, self._moved
+            # A sample is fair when each connection has had the time to bring a piece.
+            elif self._moved - moved >= self._growth.target * min(self._limits.span, _PIECE):
                 self._growth.observe((self._moved - moved) / (now - before))
                 self._grow()
-            before, moved = now, self._moved
+                before, moved = now, self._moved
 
     async def _fetcher(self) -> None:
         delay = _POLL_FIRST
