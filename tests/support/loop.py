@@ -28,7 +28,7 @@ _FICLONE = 0x40049409
 _SYNC_FILE_RANGE_WRITE_AND_WAIT = 7
 _SIZE = 320 << 20  # mkfs.xfs wants 300 MiB
 _OUTER = 4 << 30
-_SYNC_EVERY = 192 << 10
+_SYNC_AFTER = 0.05
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -136,7 +136,7 @@ class Outage:
         root = self.disk.point / "store"
         size = sum(map(len, self.truth.values()))
         pace = self.server.pace
-        victim = self.launcher.start(reference=reference, root=root, sync_every=_SYNC_EVERY)
+        victim = self.launcher.start(reference=reference, root=root, sync_after=_SYNC_AFTER)
         images = []
         for number, share in enumerate(sorted(choose.uniform(-0.15, 1.15) for _ in range(clones))):
             wait_until_marked(root, min(size, int(size * share)))

@@ -33,7 +33,7 @@ ORIGINS = (local, obstore, web)  # imported here, so that no task has to
 
 
 def stage(task: dict[str, Any]) -> dict[str, Any]:
-    stagers._SYNC_EVERY = task.get("sync_every", stagers._SYNC_EVERY)
+    stagers._SYNC_AFTER = task.get("sync_after", stagers._SYNC_AFTER)
     limits = StagerLimits(span=task.get("span", CHUNK), connections=task.get("connections", 4), reserve=0)
     report = stage_small(task["reference"], Path(task["root"]), workers=task.get("workers", 1), limits=limits)
     return {"snapshot": report.snapshot, "sources": report.sources}

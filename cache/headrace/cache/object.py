@@ -306,6 +306,14 @@ class ObjectWriter:
                     self.map.mark(index, ABSENT)
             raise
 
+    def leave(self) -> None:
+        """Give up the shared lock of a full object, so that whoever has the rest of its files may complete it."""
+        locks.unlock(self._lock, WHOLE, 1)
+
+    def join(self) -> None:
+        """Take the shared lock again: there is something to fetch after all."""
+        locks.lock(self._lock, WHOLE, 1, exclusive=False)
+
     def try_complete(self) -> bool:
         """Turn a full `partial` into `data`; True when `data` exists afterwards.
 
@@ -316,7 +324,7 @@ class ObjectWriter:
         Raises:
             OSError: the sync failed.
         """
-        locks.unlock(self._lock, WHOLE, 1)
+        self.leave()
         if self.complete:
             return True
         if not locks.try_lock(self._lock, WHOLE, 1, exclusive=True):
@@ -326,7 +334,7 @@ class ObjectWriter:
             if self.complete:
                 return True
             if self.map.next_absent(0) >= 0:
-                locks.lock(self._lock, WHOLE, 1, exclusive=False)
+                self.join()
                 shared = True
                 return False
             self._sync_bytes()

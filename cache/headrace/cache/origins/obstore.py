@@ -34,12 +34,10 @@ if TYPE_CHECKING:
     from obstore import GetOptions, GetResult, ObjectMeta
     from typing_extensions import Buffer
 
-# The least size of a piece. Measured with 8 ranges of 16 MiB from nginx, written by threads: 1 MiB
-# costs about a fifth more CPU in event-loop turns, and whole ranges (`bytes_async`) make each write
-# wait for the whole answer, at up to twice the memory; from 2 to 8 MiB nothing could be told apart.
-PIECE = (
-    8 << 20
-)  # of one request, taken whole: a stream's pieces are zeroed and copied once more (+0.2 CPU s/GB)
+# Bytes of one request, taken whole: the pieces of a stream are zeroed and copied once more (+0.2 CPU
+# s/GB). Measured from nginx with 8 at once: 4 to 16 MiB cannot be told apart, less costs turns of the
+# event loop, more costs memory.
+PIECE = 8 << 20
 HEADS = 32  # HEAD requests under way at once
 PART = 16 << 20  # of an upload; S3 takes 10,000 parts
 PARTS = 9_000
