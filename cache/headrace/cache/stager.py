@@ -164,7 +164,6 @@ class Stager:
                 await self._in_thread(self._look_around)
                 self._progress.phase = "staging"
                 await self._fill()
-                self._progress.phase = "completing"
                 files = self._domain.object_files(self._manifest)
                 await self._in_thread(sync_dir, self._domain.path / "objects")
                 await self._in_thread(self._snapshot.link, files, self._store.tmp)
@@ -445,7 +444,8 @@ class Stager:
                 # A failed sync or a repair took chunks back.
                 filling.settled = filling.checked = False
                 filling.writer.join()
-        if all(f.checked for f in self._open):
+        if self._open and all(f.checked for f in self._open):
+            self._progress.phase = "completing"
             for filling in self._open:
                 if not filling.completing:
                     filling.completing = True
