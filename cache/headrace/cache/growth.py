@@ -20,7 +20,7 @@ class ConnectionGrowth:
     """
 
     target: int = 8
-    limit: int = 32
+    limit: int = 16
     gain: float = 1.3
     rest: int = 20
     _best: float = 0.0

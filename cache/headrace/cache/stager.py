@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 
 _POLL_FIRST, _POLL_MOST = 0.002, 0.1
 _SAMPLE = 0.5
-_PIECE = 8 << 20
 _TICK = 0.01
 # Hashing and writing: more threads than cores only take the interpreter's lock from each other
 # (measured from nginx, 2 cores: 1.07 GB/s with 2 threads, 0.85 with 8).
@@ -59,12 +58,12 @@ class StagerLimits:
 
     Attributes:
         span: bytes of one request; adjacent chunks are asked for together up to this.
-        connections: never more than this many requests at once.
+        connections: never more than this many requests at once; each may hold a span in memory.
         reserve: bytes of the file system that stay free.
     """
 
     span: int = 16 << 20
-    connections: int = 32
+    connections: int = 16
     reserve: int = 64 << 20
 
 
@@ -318,8 +317,8 @@ class Stager:
             self._progress.present = sum(f.writer.present_bytes() for f in self._all) - own
             if not any(f.flying for f in self._open):
                 before, moved = now, self._moved
-            # A sample is fair when each connection has had the time to bring a piece.
-            elif self._moved - moved >= self._growth.target * min(self._limits.span, _PIECE):
+            # A sample is fair when each connection has had the time to bring a span.
+            elif self._moved - moved >= self._growth.target * self._limits.span:
                 self._growth.observe((self._moved - moved) / (now - before))
                 self._grow()
                 before, moved = now, self._moved
