@@ -58,7 +58,7 @@ class StagerLimits:
 
     Attributes:
         span: bytes of one request; adjacent chunks are asked for together up to this.
-        connections: never more than this many requests at once; each may hold a span in memory.
+        connections: never more than this many requests at once; each may hold 8 MiB or more in memory.
         reserve: bytes of the file system that stay free.
     """
 
