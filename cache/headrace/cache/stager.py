@@ -57,8 +57,8 @@ class StagerLimits:
     """Bounds of one stager.
 
     Attributes:
-        span: bytes of one request; adjacent chunks are asked for together up to this.
-        connections: never more than this many requests at once; each may hold 8 MiB or more in memory.
+        span: bytes that are claimed and read at once: adjacent chunks together, up to this.
+        connections: never more than this many reads at once; each holds one piece of its origin (8 MiB) in memory.
         reserve: bytes of the file system that stay free.
     """
 
@@ -277,7 +277,7 @@ class Stager:
         last = sum(1 for end in grid.offsets[1:] if end <= len(head))
         for index in range(last):
             if filling.writer.claim(index, index + 1):
-                sink = _ChunkSink(filling, index, index + 1, self._progress, "origin")
+                sink = _ChunkSink(filling, index, self._progress, "origin")
                 sink.put(memoryview(head)[slice(*grid.span(index, index + 1))])
                 filling.writer.release(index, index + 1)
 
@@ -388,7 +388,7 @@ class Stager:
 
     async def _fetch(self, span: _Span) -> None:
         filling = span.filling
-        sink = _ChunkSink(filling, span.first, span.last, self._progress, span.source.name)
+        sink = _ChunkSink(filling, span.first, self._progress, span.source.name)
         pieces = span.source.read(filling.file, span.first, span.last)
         try:
             async for piece in pieces:
@@ -496,12 +496,11 @@ class Stager:
 class _ChunkSink:
     """Takes a span's bytes in order, and writes, hashes and marks chunk by chunk. Runs in threads."""
 
-    def __init__(self, filling: _Filling, first: int, last: int, progress: Progress, source: str) -> None:
+    def __init__(self, filling: _Filling, first: int, progress: Progress, source: str) -> None:
         self._writer = filling.writer
         self._expected: Sequence[str] | None = filling.file.chunks
         self._grid = filling.file.grid
         self._index = first
-        self._last = last
         self._offset = self._grid.offsets[first]
         self._progress = progress
         self._source = source

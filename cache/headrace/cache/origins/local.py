@@ -119,7 +119,6 @@ class LocalOrigin:
 
     async def put_bytes(self, path: str, data: bytes) -> None:
         """Write `data` to `path`: written beside it, synced, renamed into place."""
-
         await self._threaded(
             lambda: self._replace(path, lambda writer: writer.write(data)), self._child_uri(path)
         )
