@@ -17,6 +17,7 @@ from headrace.cache.errors import (
     OriginChanged,
     OriginMisconfigured,
     OriginUnavailable,
+    UsageError,
 )
 
 MODEL = small_model()
@@ -179,3 +180,16 @@ def test_a_remembered_resolution_asks_the_origin_nothing(root: Path) -> None:
         assert server.log == []
         stage_small(url, root, revalidate="always")
         assert server.log != []
+
+
+def test_never_asking_still_asks_once_and_says_so(root: Path) -> None:
+    with FaultyServer(below("model", MODEL)) as server:
+        report = stage_small(f"{server.url}/model", root, revalidate="never")
+        assert any("asked once" in note for note in report.notes)
+
+
+def test_a_policy_that_is_none_is_refused_the_first_time(root: Path) -> None:
+    with FaultyServer(below("model", MODEL)) as server:
+        with pytest.raises(UsageError, match="always, never, or an age"):
+            stage_small(f"{server.url}/model", root, revalidate="sometimes")
+        assert server.log == []

@@ -93,16 +93,16 @@ async def prepare(
     """
     name = request.name or str(reference)
     requirement = _requirement(request, settings, reference)
+    age = config.max_age(request.revalidate or settings.revalidate)
     remembered = domain.resolved(name, request.selection)
     if remembered is not None:
         snapshot, resolved = remembered
-        age = config.max_age(request.revalidate or settings.revalidate)
         fresh = age is None or time.time() - resolved.resolved <= age or _immutable(reference)
         if fresh and _satisfies(snapshot, requirement):
             hold = snapshot.hold()
             if hold is not None:
                 return Prepared(snapshot, snapshot.manifest(), name, hold)
-    if request.revalidate == "never" and remembered is None and settings.revalidate == "never":
+    elif age is None:
         progress.note(f"{name} was never resolved here, so the origin is asked once.")
     try:
         resolution = await resolve(
