@@ -7,7 +7,17 @@ from pathlib import Path
 
 import pytest
 from support.faulty_server import Fault, FaultyServer
-from support.models import CHUNK, assert_marks_are_true, below, published, small_model, stage_small, visible
+from support.models import (
+    CHUNK,
+    IMPATIENT,
+    PATIENT,
+    assert_marks_are_true,
+    below,
+    published,
+    small_model,
+    stage_small,
+    visible,
+)
 
 from headrace.cache.errors import (
     AccessDenied,
@@ -60,7 +70,8 @@ TRANSIENT = {
 @pytest.mark.parametrize("name", TRANSIENT)
 def test_transient_faults_are_ridden_out(server: FaultyServer, root: Path, name: str) -> None:
     server.faults = tuple(TRANSIENT[name])
-    report = stage_small(f"{server.url}/model", root)
+    options = IMPATIENT if "stall" in name else PATIENT
+    report = stage_small(f"{server.url}/model", root, options=options)
     assert visible(root) == MODEL
     assert report.sources["origin"] == sum(map(len, MODEL.values()))
     # A stalled answer is logged when it ends, which may be after this.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from support.faulty_server import Fault, FaultyServer
-from support.models import CHUNK, IMPATIENT, below, published, small_model, stage_small, visible
+from support.models import CHUNK, PATIENT, below, published, small_model, stage_small, visible
 
 from headrace.cache.errors import AccessDenied, Interrupted, NoSpace, StagingStopped
 from headrace.cache.object import ObjectFolder
@@ -42,6 +42,31 @@ def test_every_byte_is_fetched_once(root: Path, workers: int) -> None:
         assert report.sources == {"origin": SIZE, "peer": 0, "local": 0}
         assert report.bytes == SIZE
         assert report.files == len(MODEL)
+
+
+def test_what_workers_fetched_is_in_the_report(root: Path) -> None:
+    """Also when they are still at work when there is nothing left to do."""
+    limits = StagerLimits(span=CHUNK, connections=2, reserve=0)
+    with FaultyServer(below("model", MODEL), rate=3e5) as server:
+        request = StageRequest(
+            f"{server.url}/model",
+            str(root),
+            "default",
+            options=PATIENT,
+            chunk=CHUNK,
+            workers=3,
+            limits=limits,
+        )
+        job = StagingJob(request).start()
+        # What is present and not fetched here, a worker has fetched.
+        while not job.progress.present and job.progress.done < SIZE:
+            time.sleep(0.01)
+        assert server.pace is not None
+        server.pace.rate = 1e7
+        report = job.wait()
+        assert visible(root) == MODEL
+        assert sent(server) == SIZE
+        assert report.sources == {"origin": SIZE, "peer": 0, "local": 0}
 
 
 def test_a_second_run_fetches_nothing(root: Path) -> None:
@@ -80,7 +105,7 @@ def test_what_a_reader_waits_for_comes_first(root: Path) -> None:
             f"{server.url}/model",
             str(root),
             "default",
-            options=IMPATIENT,
+            options=PATIENT,
             limits=limits,
             chunk=CHUNK,
             workers=1,
@@ -118,7 +143,7 @@ def test_a_loader_reads_while_another_process_stages(root: Path) -> None:
 def test_cancelling_stops_keeps_and_resumes(root: Path) -> None:
     with FaultyServer(below("model", MODEL), rate=3e6) as server:
         request = StageRequest(
-            f"{server.url}/model", str(root), "default", options=IMPATIENT, chunk=CHUNK, workers=1,
+            f"{server.url}/model", str(root), "default", options=PATIENT, chunk=CHUNK, workers=1,
             limits=StagerLimits(span=CHUNK, connections=2, reserve=0),
         )  # fmt: skip
         job = StagingJob(request).start()
@@ -142,7 +167,7 @@ def test_waiting_for_what_nobody_stages_ends_in_a_clear_error(
     monkeypatch.setattr("headrace.cache.reading._ABANDONED", 0.3)
     with FaultyServer(below("model", MODEL), rate=3e6) as server:
         request = StageRequest(
-            f"{server.url}/model", str(root), "default", options=IMPATIENT, chunk=CHUNK, workers=1
+            f"{server.url}/model", str(root), "default", options=PATIENT, chunk=CHUNK, workers=1
         )
         job = StagingJob(request).start()
         assert job.prepared.wait(10)
@@ -190,9 +215,8 @@ def test_trust_domains_share_nothing(root: Path) -> None:
 
 @pytest.mark.parametrize("torn", ["map", "digests", "partial", "lock", "grid"])
 def test_a_young_object_torn_by_a_power_loss_is_made_again(root: Path, torn: str) -> None:
-    with FaultyServer(
-        below("model", MODEL), faults=[Fault("status", path="*.safetensors", status=403, nth=9)]
-    ) as server:
+    refused = [Fault("status", path="*.safetensors", status=403, nth=nth) for nth in range(9, 99)]
+    with FaultyServer(below("model", MODEL), faults=refused) as server:
         with pytest.raises(AccessDenied):
             stage_small(f"{server.url}/model", root)
         for folder in root.glob("domains/default/objects/*"):

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from support import origin_contract
 from support.seaweedfs import SeaweedFS
 
 _FOREIGN = ("AWS_", "GOOGLE_", "AZURE_", "OSS_", "HF_", "STORAGE_EMULATOR_")
@@ -18,6 +19,12 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.
         if name.startswith(_FOREIGN) or name.lower().endswith("_proxy"):
             monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+
+
+@pytest.fixture(params=origin_contract.WAYS)
+def both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reads by either way that `origin_contract.read` knows."""
+    monkeypatch.setattr(origin_contract, "way", request.param)
 
 
 @pytest.fixture(scope="session")

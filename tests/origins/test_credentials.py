@@ -21,6 +21,8 @@ from headrace.cache.origins import RetryingOrigin, credentials, open_origin
 from headrace.cache.origins.options import OriginOptions
 from headrace.cache.origins.protocol import OriginFile
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
 T = TypeVar("T")
 DATA = payload(100_000)
 SECRET = "s3cret-that-must-not-leak"

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import TypeVar
 
 import pytest
+from support import origin_contract
 from support.faulty_server import Fault, FaultyServer, spawn
+from support.models import PATIENT
 from support.origin_contract import payload, read
 
 from headrace.cache import reference
@@ -24,6 +26,8 @@ from headrace.cache.errors import (
 from headrace.cache.origins import RetryingOrigin, open_origin
 from headrace.cache.origins.options import OriginOptions
 from headrace.cache.origins.protocol import OriginFile
+
+pytestmark = pytest.mark.usefixtures("both_ways")
 
 T = TypeVar("T")
 DATA = payload(12 << 20)
@@ -54,7 +58,7 @@ def ask(
     server: FaultyServer,
     scheme: str,
     body: Callable[[RetryingOrigin], Awaitable[T]],
-    options: OriginOptions = QUICK,
+    options: OriginOptions = PATIENT,
 ) -> T:
     if scheme == "s3":
         options = dataclasses.replace(options, endpoint=server.url, region="us-east-1")
@@ -107,7 +111,8 @@ def test_transient_faults_are_ridden_out(server: FaultyServer, scheme: str, faul
         return await read(origin, file, 0, len(DATA) - 8192)
 
     server.faults = [fault]
-    assert ask(server, scheme, body) == DATA[: len(DATA) - 8192]
+    options = QUICK if fault.kind == "stall" else PATIENT
+    assert ask(server, scheme, body, options) == DATA[: len(DATA) - 8192]
 
 
 def test_after_a_cut_no_whole_piece_is_fetched_again(
@@ -115,10 +120,11 @@ def test_after_a_cut_no_whole_piece_is_fetched_again(
 ) -> None:
     """Not by a reset, after which the kernel throws away what it has received and not handed on."""
     monkeypatch.setattr("headrace.cache.origins.obstore.PIECE", 4 << 20)
-    server.faults = [Fault("truncate", after=1 << 20, nth=3)]
+    cut = 3 if origin_contract.way == "pieces" else 1  # put: one request, handed on by the MiB
+    server.faults = [Fault("truncate", after=1 << 20 if cut == 3 else 9 << 20, nth=cut)]
     assert ask(server, scheme, whole) == DATA
     starts = [request.start for request in server.requests(PATH)]
-    assert starts == [0, 4 << 20, 8 << 20, 8 << 20]
+    assert starts == ([0, 4 << 20, 8 << 20, 8 << 20] if cut == 3 else [0, 9 << 20])
 
 
 def test_a_quiet_server_sends_each_byte_once(server: FaultyServer, scheme: str) -> None:
@@ -233,8 +239,8 @@ def test_a_slow_connection_that_moves_is_not_a_stalled_one(server: FaultyServer,
         return await read(origin, await pinned(origin), 0, 1 << 20)
 
     server.faults = [Fault("throttle", rate=1.2e6)]
-    assert ask(server, scheme, body) == DATA[: 1 << 20]
-    assert len(server.requests(PATH)) == 1
+    # If a piece had to come in time, every attempt would end too early.
+    assert ask(server, scheme, body, QUICK) == DATA[: 1 << 20]
 
 
 def test_a_server_of_its_own_process_keeps_count(tmp_path: Path) -> None:
@@ -244,8 +250,11 @@ def test_a_server_of_its_own_process_keeps_count(tmp_path: Path) -> None:
     with spawn(folder, faults=[Fault("status", status=500, first=1)]) as child:
 
         async def main() -> bytes:
-            origin = open_origin(reference.parse(child.url), QUICK)
-            return await whole(origin)
+            origin = open_origin(reference.parse(child.url), PATIENT)
+            try:
+                return await whole(origin)
+            finally:
+                await origin.close()
 
         assert asyncio.run(main()) == DATA[:100_000]
         assert [row["status"] for row in child.log()] == [500, 206]

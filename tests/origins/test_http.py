@@ -26,7 +26,7 @@ from headrace.cache.origins import open_origin
 from headrace.cache.origins.options import OriginOptions
 from headrace.cache.origins.protocol import Origin
 
-pytestmark = pytest.mark.service
+pytestmark = [pytest.mark.service, pytest.mark.usefixtures("both_ways")]
 T = TypeVar("T")
 _numbers = itertools.count()
 

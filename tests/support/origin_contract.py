@@ -19,14 +19,15 @@ import asyncio
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 
 from headrace.cache import reference
 from headrace.cache.errors import NotFound, OriginChanged, OriginError, UsageError
-from headrace.cache.origins import open_origin
+from headrace.cache.origins import RetryingOrigin, open_origin
 from headrace.cache.origins.options import OriginOptions
 from headrace.cache.origins.protocol import Origin, OriginFile
 
@@ -322,10 +323,11 @@ class OriginContract:
             file = (await origin.list()).files[0]
             started = asyncio.Event()
 
+            loop = asyncio.get_running_loop()
+
             async def reader() -> None:
                 while True:  # reads until it is cancelled
-                    async for _ in origin.read(file, 0, file.size):
-                        started.set()
+                    await _each(origin, file, lambda _: loop.call_soon_threadsafe(started.set))
 
             task = asyncio.create_task(reader())
             await started.wait()
@@ -393,9 +395,32 @@ class OriginContract:
             self.run(raw, options, "llama", lambda o: o.put_bytes("b", b"y"))
 
 
+WAYS = ("pieces", "put")
+"""How bytes are read: from `Origin.read`, or by `RetryingOrigin.read_to` as the stager does."""
+
+way = "pieces"
+"""The present one; see the fixture `both_ways`."""
+
+
 async def read(origin: Origin, file: OriginFile, start: int = 0, stop: int | None = None) -> bytes:
     """The bytes [start, stop) of `file`, joined."""
-    pieces = [
-        bytes(memoryview(p)) async for p in origin.read(file, start, file.size if stop is None else stop)
-    ]
-    return b"".join(pieces)
+    found: list[bytes] = []
+    await _each(origin, file, lambda piece: found.append(bytes(memoryview(piece))), start, stop)
+    return b"".join(found)
+
+
+async def _each(
+    origin: Origin,
+    file: OriginFile,
+    put: Callable[[Any], Any],
+    start: int = 0,
+    stop: int | None = None,
+) -> None:
+    stop = file.size if stop is None else stop
+    if way == "put":
+        assert isinstance(origin, RetryingOrigin)
+        with ThreadPoolExecutor(2) as pool:
+            await origin.read_to(file, start, stop, put, pool)
+    else:
+        async for piece in origin.read(file, start, stop):
+            put(piece)

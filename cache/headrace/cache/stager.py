@@ -15,7 +15,7 @@ import hashlib
 import os
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
@@ -29,11 +29,12 @@ from headrace.cache.errors import HeadraceError, IntegrityError, Interrupted, No
 from headrace.cache.growth import ConnectionGrowth
 from headrace.cache.manifest import Manifest, ManifestFile
 from headrace.cache.object import ObjectFolder, ObjectSpec, ObjectWriter
-from headrace.cache.origins.protocol import Origin
+from headrace.cache.origins import RetryingOrigin
 from headrace.cache.progress import Progress
 from headrace.cache.snapshot import Snapshot
 from headrace.cache.sources import ChunkSource, LocalSource, OriginSource
 from headrace.cache.store import Domain, Store
+from headrace.cache.threads import to_its_end
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -118,7 +119,7 @@ class Stager:
         domain: Domain,
         snapshot: Snapshot,
         manifest: Manifest,
-        origin: Origin,
+        origin: RetryingOrigin,
         progress: Progress,
         *,
         headers: dict[str, bytes] | None = None,
@@ -144,7 +145,6 @@ class Stager:
         self._sources: list[ChunkSource] = [OriginSource(origin)]
         self._growth = ConnectionGrowth(limit=self._limits.connections)
         self._fetchers = 0
-        self._moved = 0
         # Both end before any descriptor is closed. What waits for the disk has threads of its own.
         self._writing = ThreadPoolExecutor(_THREADS, "headrace-stager")
         self._syncing = ThreadPoolExecutor(_SYNCS, "headrace-sync")
@@ -178,20 +178,7 @@ class Stager:
 
     async def _in_thread(self, work: Callable[..., T], *args: object) -> T:
         """Run work that reads or syncs a lot."""
-        return await self._run_in(self._syncing, work, *args)
-
-    async def _run_in(self, pool: ThreadPoolExecutor, work: Callable[..., T], *args: object) -> T:
-        """Run in a pool; when cancelled, wait until it is over: a claim must outlive its writes."""
-        job = asyncio.get_running_loop().run_in_executor(pool, work, *args)
-        try:
-            return await asyncio.shield(job)
-        except asyncio.CancelledError:
-            self._cancelled.set()
-            await asyncio.wait([job])
-            # What it failed with matters no more; unasked, it would be reported as lost.
-            if not job.cancelled():
-                job.exception()
-            raise
+        return await to_its_end(self._syncing, work, *args, cancel=self._cancelled.set)
 
     def _go_on(self) -> None:
         """Called now and then by long work in the pool: ends it when the stager was cancelled."""
@@ -316,12 +303,12 @@ class Stager:
             own = sum(self._progress.fetched.values())
             self._progress.present = sum(f.writer.present_bytes() for f in self._all) - own
             if not any(f.flying for f in self._open):
-                before, moved = now, self._moved
+                before, moved = now, own
             # A sample is fair when each connection has had the time to bring a span.
-            elif self._moved - moved >= self._growth.target * self._limits.span:
-                self._growth.observe((self._moved - moved) / (now - before))
+            elif own - moved >= self._growth.target * self._limits.span:
+                self._growth.observe((own - moved) / (now - before))
                 self._grow()
-                before, moved = now, self._moved
+                before, moved = now, own
 
     async def _fetcher(self) -> None:
         delay = _POLL_FIRST
@@ -389,11 +376,8 @@ class Stager:
     async def _fetch(self, span: _Span) -> None:
         filling = span.filling
         sink = _ChunkSink(filling, span.first, self._progress, span.source.name)
-        pieces = span.source.read(filling.file, span.first, span.last)
         try:
-            async for piece in pieces:
-                await self._run_in(self._writing, sink.put, piece)
-                self._moved += memoryview(piece).nbytes
+            await span.source.read_to(filling.file, span.first, span.last, sink.put, self._writing)
         except _Corrupt as bad:
             self._count_corrupt(filling, bad.index)
         except HeadraceError:
@@ -403,8 +387,6 @@ class Stager:
             for index in range(span.first, span.last):
                 filling.tries[index] = filling.tries.get(index, 0) + 1
         finally:
-            if isinstance(pieces, AsyncGenerator):
-                await pieces.aclose()
             filling.writer.release(span.first, span.last)
             filling.flying.difference_update(range(span.first, span.last))
             filling.cursor = min(filling.cursor, span.first)

@@ -11,11 +11,14 @@ import atexit
 import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from datetime import timedelta
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import obstore
 from obstore.exceptions import BaseError
+from obstore.store import S3Store
 
 from headrace.cache.errors import (
     AccessDenied,
@@ -25,12 +28,14 @@ from headrace.cache.errors import (
     OriginError,
     UsageError,
 )
-from headrace.cache.origins import stores, translate
+from headrace.cache.origins import stores, translate, wire
 from headrace.cache.origins.options import OriginOptions
 from headrace.cache.origins.protocol import Listing, OriginFile, Pin
 from headrace.cache.reference import Reference, quoted
 
 if TYPE_CHECKING:
+    from http.client import HTTPMessage
+
     from obstore import GetOptions, GetResult, ObjectMeta
     from typing_extensions import Buffer
 
@@ -43,6 +48,7 @@ PART = 16 << 20  # of an upload; S3 takes 10,000 parts
 PARTS = 9_000
 UPLOADS = 8  # parts under way at once
 RENEWAL = 5.0  # seconds within which a second refusal is taken at its word
+SIGNED = 3600.0  # seconds that a signed URL is good for; used for half of that
 
 T = TypeVar("T")
 
@@ -86,6 +92,9 @@ class ObstoreOrigin:
         """The key of the reference: a prefix without its slash, or the object itself."""
         self._single: bool | None = None
         """Whether the reference names one object; None until that is known."""
+        self._wire = wire.Wire(options)
+        self._targets: dict[str, tuple[wire.Target | None, float]] = {}
+        """Where the wire reads each file, and until when that is good."""
 
     @property
     def uri(self) -> str:
@@ -175,6 +184,77 @@ class ObstoreOrigin:
             options["range"] = (position, min(stop, position + PIECE))
             yield await self._piece(file, key, options)
 
+    async def read_to(
+        self, file: OriginFile, start: int, stop: int, put: Callable[[memoryview], None]
+    ) -> bool:
+        """See `protocol.DirectReads`: one request, by the wire, where that can do it."""
+        key = await self._key(file.path)
+        position = start
+
+        def forward(piece: memoryview) -> None:
+            nonlocal position
+            put(piece)
+            position += len(piece)
+
+        async def get(_: stores.Store) -> bool:
+            target = await self._target(file, key)
+            if target is None:
+                return False
+            await self._wire.get(target, position, stop, lambda headers: self._accept(file, headers), forward)
+            return True
+
+        try:
+            return await self._ask(get, self._at(key))
+        except wire.Declined:
+            return False  # the usual client asks again, and finds the words
+        except (NotFound, translate.WrongRange) as error:
+            raise await self._explained(error, key, file) from None
+
+    async def _target(self, file: OriginFile, key: str) -> wire.Target | None:
+        """Where the wire can read the file: plain HTTP without a proxy, and a URL that needs no more headers.
+
+        A signed URL cannot ask for a version or let the requester pay.
+        """
+        target, until = self._targets.get(key, (None, 0.0))
+        if time.monotonic() < until:
+            return target
+        target = None
+        if not self._options.proxy and file.pin.kind in ("etag", "mtime"):
+            url = await self._url(key)
+            if url is not None and url.startswith("http://"):
+                headers = dict(self._options.headers)
+                if file.pin.kind == "etag" and not file.pin.value.startswith("W/"):
+                    headers["If-Match"] = f'"{file.pin.value}"'
+                target = wire.Target(url, self._at(key), headers)
+        self._targets[key] = target, time.monotonic() + SIGNED / 2
+        return target
+
+    async def _url(self, key: str) -> str | None:
+        """A URL that reads the object without further credentials, if there may be one."""
+
+        async def sign(store: stores.Store) -> str | None:
+            if not isinstance(store, S3Store):
+                return None
+            return await obstore.sign_async(store, "GET", key, timedelta(seconds=SIGNED))
+
+        plain = (self._options.endpoint or "").startswith("http://")
+        if not plain or self._options.anonymous or self._options.requester_pays:
+            return None
+        return await self._ask(sign, self._at(key))
+
+    def _accept(self, file: OriginFile, headers: HTTPMessage) -> None:
+        """Compare an answer with the pin, as `_compare` does; in doubt the usual client shall say."""
+        try:
+            size = int(headers["Content-Range"].rpartition("/")[2])
+            if file.pin.kind == "etag":
+                pin = headers["ETag"].strip().strip('"')
+            else:
+                pin = f"{parsedate_to_datetime(headers['Last-Modified']).timestamp():.0f}-{size}"
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise wire.Declined from None
+        if (size, pin) != (file.size, file.pin.value):
+            raise wire.Declined
+
     async def _piece(self, file: OriginFile, key: str, options: GetOptions) -> Buffer:
         """One range of the pinned version."""
         uri = self._at(key)
@@ -255,7 +335,8 @@ class ObstoreOrigin:
         await self._ask(lambda store: obstore.put_async(store, key, data, use_multipart=False), self._at(key))
 
     async def close(self) -> None:
-        """Nothing is held open; a task of obstore's that just ended gets the time to let go."""
+        """Close the wire's connections; a task of obstore's that just ended gets the time to let go."""
+        self._wire.close()
         await asyncio.sleep(0)
 
     # -- names ---------------------------------------------------------------------------------
@@ -328,6 +409,7 @@ class ObstoreOrigin:
             if self._renewed and now - self._renewed < RENEWAL:
                 return False
             self._store, _ = stores.build(self._reference, self._options)
+            self._targets.clear()
             self._renewed = now
         return True
 

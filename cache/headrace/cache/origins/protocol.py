@@ -6,9 +6,9 @@ An adapter (one per kind of origin) does single attempts and translates foreign 
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer  # in collections.abc only from Python 3.12 on
@@ -119,3 +119,24 @@ class Origin(Protocol):
         ...
 
     async def close(self) -> None: ...
+
+
+@runtime_checkable
+class DirectReads(Protocol):
+    """What an adapter may have beside `Origin`: a cheaper way for the bytes than through the event loop."""
+
+    async def read_to(
+        self, file: OriginFile, start: int, stop: int, put: Callable[[memoryview], None]
+    ) -> bool:
+        """Call `put` in a thread with the bytes [start, stop), in order; what it gets changes once it returns.
+
+        Cancelled, it returns when nothing is put any more.
+
+        Returns:
+            False: nothing was put, and `read` should be asked.
+
+        Raises:
+            OriginChanged: the object is no longer the pinned version.
+            OriginUnavailable: the connection failed midway.
+        """
+        ...

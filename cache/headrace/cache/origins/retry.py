@@ -14,13 +14,15 @@ import contextlib
 import random
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from headrace.cache.errors import OriginMisconfigured, OriginUnavailable
 from headrace.cache.origins.options import OriginOptions
-from headrace.cache.origins.protocol import Listing, Origin, OriginFile
+from headrace.cache.origins.protocol import DirectReads, Listing, Origin, OriginFile
 from headrace.cache.reference import quoted
+from headrace.cache.threads import to_its_end
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -41,6 +43,55 @@ class Counters:
     bytes: int = 0
     attempts: int = 0
     retries: int = 0
+
+
+class _Attempts:
+    """The attempts of one ranged read: how far it is, and what an attempt's end means.
+
+    As a context manager around each attempt: what may be tried again is swallowed after a wait.
+    """
+
+    def __init__(self, origin: RetryingOrigin, file: OriginFile, start: int, stop: int) -> None:
+        self.position = start
+        self._origin, self._file = origin, file
+        self._start, self._stop = start, stop
+        self._reached, self._failures = start, 0
+        self._began = origin.clock()
+
+    @property
+    def left(self) -> bool:
+        """Whether there is more to read."""
+        return self.position < self._stop
+
+    def expect(self, size: int) -> None:
+        """A piece arrived. Raises: OriginMisconfigured: it is more than was asked for."""
+        if size > self._stop - self.position:
+            raise OriginMisconfigured(
+                f"{self._origin.at(self._file.path)} sent more bytes than the {self._stop - self._start} that were "
+                "asked for: use a server that keeps to the Range of a request."
+            )
+
+    def advance(self, size: int) -> None:
+        """A piece is handed on."""
+        self.expect(size)
+        self.position += size
+        self._origin.counters.bytes += size
+
+    async def __aenter__(self) -> None:
+        self._reached = self.position
+        self._origin.counters.attempts += 1
+
+    async def __aexit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        if error is None and self.left:
+            error = OriginUnavailable(
+                f"the answer of {self._origin.at(self._file.path)} ended {self._stop - self.position} bytes too early."
+            )
+        if not isinstance(error, OriginUnavailable):
+            return False
+        # What moves on is not failing: the count starts anew with every piece that arrived.
+        self._failures = 1 if self.position > self._reached else self._failures + 1
+        await self._origin.wait(error, self._failures, self._began)
+        return True
 
 
 class RetryingOrigin:
@@ -67,7 +118,7 @@ class RetryingOrigin:
         self.counters = Counters()
         self._sleep = sleep
         self._uniform = uniform
-        self._clock = clock
+        self.clock = clock
         self._guards = not getattr(adapter, "notices_stalls", False)
 
     @property
@@ -104,30 +155,40 @@ class RetryingOrigin:
             OriginUnavailable: no piece arrived in `attempts` attempts in a row.
             OriginMisconfigured: the adapter handed out more bytes than were asked for.
         """
-        position, failures, began = start, 0, self._clock()
-        while position < stop:
-            reached = position
-            self.counters.attempts += 1
-            try:
-                async with contextlib.aclosing(self._pieces(file, position, stop)) as pieces:
+        attempt = _Attempts(self, file, start, stop)
+        while attempt.left:
+            async with attempt, contextlib.aclosing(self._pieces(file, attempt.position, stop)) as pieces:
+                async for piece in pieces:
+                    attempt.advance(memoryview(piece).nbytes)
+                    yield piece
+
+    async def read_to(
+        self, file: OriginFile, start: int, stop: int, put: Callable[[Buffer], None], pool: Executor
+    ) -> None:
+        """Call `put` in threads with the bytes [start, stop), in order; patiently, as `read`.
+
+        Cancelled, it returns when nothing is put any more.
+
+        Args:
+            put: gets pieces that may change once it has returned; what it raises ends the reading.
+            pool: where to call it, unless the adapter has a cheaper way of its own.
+        """
+        attempt = _Attempts(self, file, start, stop)
+
+        def forward(piece: Buffer) -> None:
+            put(piece)
+            attempt.advance(memoryview(piece).nbytes)
+
+        while attempt.left:
+            async with attempt:
+                if isinstance(self.adapter, DirectReads) and await self.adapter.read_to(
+                    file, attempt.position, stop, forward
+                ):
+                    continue
+                async with contextlib.aclosing(self._pieces(file, attempt.position, stop)) as pieces:
                     async for piece in pieces:
-                        size = memoryview(piece).nbytes
-                        if size > stop - position:
-                            raise OriginMisconfigured(
-                                f"{self._at(file.path)} sent more bytes than the {stop - start} that were asked for: "
-                                "use a server that keeps to the Range of a request."
-                            )
-                        position += size
-                        self.counters.bytes += size
-                        yield piece
-                if position < stop:
-                    raise OriginUnavailable(
-                        f"the answer of {self._at(file.path)} ended {stop - position} bytes too early."
-                    )
-            except OriginUnavailable as error:
-                # What moves on is not failing: the count starts anew with every piece that arrived.
-                failures = 1 if position > reached else failures + 1
-                await self._wait(error, failures, began)
+                        attempt.expect(memoryview(piece).nbytes)
+                        await to_its_end(pool, forward, piece)
 
     async def _pieces(self, file: OriginFile, start: int, stop: int) -> AsyncGenerator[Buffer, None]:
         """One attempt, with a limit to the wait for each piece."""
@@ -142,7 +203,7 @@ class RetryingOrigin:
                     return
                 except TimeoutError:
                     raise OriginUnavailable(
-                        f"{self._at(file.path)} sent nothing for {limit:g} seconds."
+                        f"{self.at(file.path)} sent nothing for {limit:g} seconds."
                     ) from None
                 yield piece
                 limit = self.options.stall_timeout
@@ -157,24 +218,24 @@ class RetryingOrigin:
             async with asyncio.timeout(limit):
                 return await request
         except TimeoutError:
-            raise OriginUnavailable(f"{self._at(path)} did not answer within {limit:g} seconds.") from None
+            raise OriginUnavailable(f"{self.at(path)} did not answer within {limit:g} seconds.") from None
 
     async def _persist(self, attempt: Callable[[], Awaitable[T]]) -> T:
-        failures, began = 0, self._clock()
+        failures, began = 0, self.clock()
         while True:
             self.counters.attempts += 1
             try:
                 return await attempt()
             except OriginUnavailable as error:
                 failures += 1
-                await self._wait(error, failures, began)
+                await self.wait(error, failures, began)
 
-    async def _wait(self, error: OriginUnavailable, failures: int, began: float) -> None:
+    async def wait(self, error: OriginUnavailable, failures: int, began: float) -> None:
         """Back off after the `failures`-th failure in a row, or give up."""
         if failures >= self.options.attempts:
             times = "once" if failures == 1 else f"{failures} times in a row"
             raise OriginUnavailable(
-                f"{str(error).rstrip('.')}; tried {times} over {self._clock() - began:.1f} s: "
+                f"{str(error).rstrip('.')}; tried {times} over {self.clock() - began:.1f} s: "
                 "check the origin, then run this again to resume.",
                 error.retry_after,
             ) from error
@@ -182,5 +243,5 @@ class RetryingOrigin:
         bound = min(self.options.backoff_max, self.options.backoff_base * 2.0 ** (failures - 1))
         await self._sleep(max(self._uniform(0.0, bound), error.retry_after or 0.0))
 
-    def _at(self, path: str) -> str:
+    def at(self, path: str) -> str:
         return f"{self.uri}/{quoted(path)}"
