@@ -38,6 +38,7 @@ class Task:
         files: (name, size) of each.
         target: a folder that does not exist.
         workers: of headrace; 0 as it sees fit.
+        connections: of each of headrace's workers at most; 0 as it sees fit.
     """
 
     client: str
@@ -47,6 +48,7 @@ class Task:
     files: tuple[tuple[str, int], ...]
     target: str
     workers: int = 0
+    connections: int = 0
     environ: dict[str, str] = field(default_factory=dict)
 
 
@@ -144,7 +146,9 @@ def headrace(task: Task) -> Result:
     """`stage` into an empty store."""
     from headrace.cache import origins, stager, staging  # noqa: F401
     from headrace.cache.origins import http_listing, obstore, web  # noqa: F401
+    from headrace.cache.prepare import StageRequest
     from headrace.cache.progress import Progress
+    from headrace.cache.stager import StagerLimits
 
     class Sampled(Progress):
         """Takes the cost of the moment at every mark; the last one stays."""
@@ -159,7 +163,9 @@ def headrace(task: Task) -> Result:
     progress = Sampled()
     _pretouch(task)
     start = now()
-    staging.stage(source, root=task.target, workers=task.workers or None, progress=progress)
+    limits = StagerLimits(connections=task.connections) if task.connections else StagerLimits()
+    request = StageRequest(source, task.target, workers=task.workers or None, limits=limits)
+    staging.run(staging.StagingJob(request, progress))
     end = now()
     assert progress.at_last_mark is not None
     return Result(progress.at_last_mark - start, end - start)
