@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from support.faulty_server import FaultyServer
-from support.models import CHUNK, IMPATIENT, below, published, small_model, stage_small, visible
+from support.models import CHUNK, PATIENT, below, published, small_model, stage_small, visible
 from support.mounts import image, needs, needs_root, tmpfs
 from support.stores import flip, opened
 
@@ -104,7 +104,7 @@ def test_a_disk_that_fills_up_midway_loses_nothing_that_was_fetched(tmp_path: Pa
         reference = f"{server.url}/model"
         limits = StagerLimits(span=CHUNK, connections=4, reserve=0)
         request = StageRequest(
-            reference, str(disk / "store"), "default", workers=1, options=IMPATIENT, limits=limits
+            reference, str(disk / "store"), "default", workers=1, options=PATIENT, limits=limits
         )
         job = StagingJob(request).start()
         while job.progress.chunks < 3:
@@ -131,12 +131,12 @@ def test_a_repair_without_room_keeps_the_old_file(tmp_path: Path) -> None:
             damaged = it.data_of(SHARD).read_bytes()
             ballast = fill(disk, 1 << 20)
             with pytest.raises(NoSpace, match=r"[1-9]\d* bytes are missing") as caught:
-                repair(it.store, it.domain, it.snapshot, options=IMPATIENT)
+                repair(it.store, it.domain, it.snapshot, options=PATIENT)
             assert 0 < caught.value.missing <= len(MODEL[SHARD])
             assert it.data_of(SHARD).read_bytes() == damaged
             assert not it.object_of(SHARD).partial.exists()
             ballast.unlink()
-            repair(it.store, it.domain, it.snapshot, options=IMPATIENT)
+            repair(it.store, it.domain, it.snapshot, options=PATIENT)
             assert verify(it.store, it.domain, it.snapshot).ok
 
 

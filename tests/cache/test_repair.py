@@ -15,7 +15,7 @@ import pytest
 from support.faulty_server import FaultyServer
 from support.models import (
     CHUNK,
-    IMPATIENT,
+    PATIENT,
     below,
     grid_of,
     manifest_of,
@@ -47,7 +47,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def fix(it: Opened) -> RepairReport:
-    report = repair(it.store, it.domain, it.snapshot, options=IMPATIENT)
+    report = repair(it.store, it.domain, it.snapshot, options=PATIENT)
     assert verify(it.store, it.domain, it.snapshot).ok
     return report
 

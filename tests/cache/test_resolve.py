@@ -13,7 +13,7 @@ import pytest
 from support.faulty_server import Fault, FaultyServer
 from support.models import (
     CHUNK,
-    IMPATIENT,
+    PATIENT,
     below,
     grid_of,
     manifest_of,
@@ -62,7 +62,7 @@ def write(folder: Path, files: Mapping[str, bytes]) -> str:
 
 def resolved(reference: str, wanted: Selection | None = None, **how: Any) -> Resolution:
     async def ask() -> Resolution:
-        origin = open_origin(parse(reference), IMPATIENT)
+        origin = open_origin(parse(reference), PATIENT)
         try:
             return await resolve(origin, wanted or Selection(), **{"chunk": CHUNK, **how})
         finally:

@@ -15,7 +15,7 @@ from pathlib import Path
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-from support.models import CHUNK, IMPATIENT, published
+from support.models import CHUNK, PATIENT, published
 from support.stores import flip, opened, read_files, write_files
 
 from headrace.cache.chunkmap import ChunkMap
@@ -126,7 +126,7 @@ class StoreMachine(RuleBasedStateMachine):
         reference = str(self.top / name)
         return StagingJob(
             StageRequest(
-                reference, str(self.root), "default", workers=1, chunk=CHUNK, limits=limits, options=IMPATIENT
+                reference, str(self.root), "default", workers=1, chunk=CHUNK, limits=limits, options=PATIENT
             ),
             progress,
         )
@@ -301,7 +301,7 @@ class StoreMachine(RuleBasedStateMachine):
         before = self._spoiled_chunks(snapshot)
         with opened(self.root, snapshot) as it:
             try:
-                repair(it.store, it.domain, it.snapshot, options=IMPATIENT)
+                repair(it.store, it.domain, it.snapshot, options=PATIENT)
                 error = None
             except (OriginError, IntegrityError) as caught:
                 error = caught

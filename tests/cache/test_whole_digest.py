@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from support.fake_hub import FakeHub
-from support.models import IMPATIENT, assert_marks_are_true, small_model, stage_small, visible
+from support.models import PATIENT, assert_marks_are_true, small_model, stage_small, visible
 
 from headrace.cache.errors import IntegrityError
 from headrace.cache.origins.options import OriginOptions
@@ -30,7 +30,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
 
 @pytest.fixture
 def options(hub: FakeHub) -> OriginOptions:
-    return replace(IMPATIENT, endpoint=hub.url)
+    return replace(PATIENT, endpoint=hub.url)
 
 
 @pytest.fixture

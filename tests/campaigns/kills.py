@@ -18,7 +18,7 @@ from pathlib import Path
 from support.crashes import many_small_files, phase
 from support.faulty_server import FaultyServer
 from support.killing import Round, Scene, Tally, random_kills
-from support.models import IMPATIENT, below, grid_of, published, small_model, stage_small, visible
+from support.models import PATIENT, below, grid_of, published, small_model, stage_small, visible
 from support.processes import Launcher
 from support.stores import flip, opened
 
@@ -103,7 +103,7 @@ def repairs(launcher: Launcher, root: Path, seed: int, most: int) -> None:
             tally.phases["not shown yet" if "old bytes" in shown else "shown"] += 1
             for snapshot in snapshots:
                 with opened(store, snapshot) as it:
-                    repair(it.store, it.domain, it.snapshot, options=IMPATIENT)
+                    repair(it.store, it.domain, it.snapshot, options=PATIENT)
                     assert verify(it.store, it.domain, it.snapshot).ok
             assert visible(store) == small
             assert phase(store, len(small)) == "linked"

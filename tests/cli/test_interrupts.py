@@ -70,29 +70,66 @@ def test_an_interrupted_load_stops_staging_too(headrace: Command, slow: FaultySe
     assert stopped.json["error"]["kind"] == "Interrupted"
 
 
-def test_a_second_ctrl_c_ends_the_process_whatever_it_waits_for(
-    headrace: Command, files: dict[str, bytes], tmp_path: Path
-) -> None:
-    # A program that, once interrupted, never comes to its end by itself.
-    program = tmp_path / "stuck.py"
-    program.write_text(
-        "import threading\n"
-        "from headrace.cli import interrupts\n"
-        "interrupts.install()\n"
-        "try:\n"
-        "    print('ready', flush=True)\n"
-        "    threading.Event().wait()\n"
-        "except KeyboardInterrupt:\n"
-        "    print('first', flush=True)\n"
-        "    threading.Event().wait()\n"
-    )
-    with subprocess.Popen([sys.executable, str(program)], stdout=subprocess.PIPE, text=True) as process:
+# Programs that, once interrupted, never come to their end by themselves.
+IN_PYTHON = """
+import threading
+from headrace.cli import interrupts
+interrupts.install()
+try:
+    print("ready", flush=True)
+    threading.Event().wait()
+except KeyboardInterrupt:
+    print("first", flush=True)
+    threading.Event().wait()
+"""
+# Native code that goes on waiting, as most does: Python's own handlers do not run.
+IN_NATIVE_CODE = """
+import ctypes, threading
+from headrace.cli import interrupts
+interrupts.install()
+other = threading.Thread(target=threading.Event().wait, daemon=True)
+other.start()
+join, thread = ctypes.CDLL(None).pthread_join, ctypes.c_void_p(other.ident)
+while True:
+    try:
+        print("ready", flush=True)
+        join(thread, None)
+    except KeyboardInterrupt:  # it came before the wait
+        pass
+"""
+
+
+def test_a_second_ctrl_c_ends_the_process_whatever_it_waits_for() -> None:
+    with subprocess.Popen([sys.executable, "-c", IN_PYTHON], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGINT)
         assert process.stdout.readline() == "first\n"
         process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 130
+        assert process.wait(60) == 130
+
+
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_a_process_in_native_code(second: signal.Signals) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", IN_NATIVE_CODE], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        # Two of a kind would become one in the kernel.
+        wait_until(lambda: not pending(process.pid, signal.SIGINT))
+        assert process.poll() is None
+        process.send_signal(second)
+        assert process.wait(60) == 130
+
+
+def pending(pid: int, number: signal.Signals) -> bool:
+    """Whether a signal was sent to a process and has not reached it yet."""
+    lines = dict(
+        line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":\t" in line
+    )
+    return any(int(lines[name], 16) >> (number - 1) & 1 for name in ("SigPnd", "ShdPnd"))
 
 
 def test_ctrl_c_at_a_terminal_ends_worker_processes_without_noise(
