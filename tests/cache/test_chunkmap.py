@@ -63,12 +63,16 @@ def test_what_was_only_written_on_an_earlier_boot_is_not_readable(
 def test_verified_holds_for_the_boot_it_was_set_on(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ChunkMap.create(path, 1)
     with ChunkMap.open(path, writable=True) as one:
+        assert one.verified_this_boot  # as long as there is nothing in it
+    monkeypatch.setattr(chunkmap, "boot_id", lambda: OTHER_BOOT)
+    with ChunkMap.open(path, writable=True) as one:
         assert not one.verified_this_boot
+        assert one.verified_ever
+        one.forget_verified()
+        assert not one.verified_ever
         one.set_verified()
         assert one.verified_this_boot
-    monkeypatch.setattr(chunkmap, "boot_id", lambda: OTHER_BOOT)
-    with ChunkMap.open(path, writable=False) as one:
-        assert not one.verified_this_boot
+        assert one.verified_ever
 
 
 def test_wanted_chunks_are_told_until_they_are_there(path: Path) -> None:

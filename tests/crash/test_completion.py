@@ -9,7 +9,7 @@ from pathlib import Path
 from support.faulty_server import FaultyServer
 from support.models import (
     CHUNK,
-    IMPATIENT,
+    PATIENT,
     below,
     grid_of,
     published,
@@ -46,7 +46,7 @@ def test_what_a_repair_takes_back_just_before_completion_is_fetched_again(tmp_pa
         limits = StagerLimits(span=CHUNK, connections=2, reserve=0)
         job = StagingJob(
             StageRequest(
-                f"{server.url}/model", str(root), "default", options=IMPATIENT, limits=limits, workers=1
+                f"{server.url}/model", str(root), "default", options=PATIENT, limits=limits, workers=1
             )
         )
         job.start()

@@ -29,6 +29,7 @@ def test_importing_the_loader_adds_nothing_but_itself_to_torch() -> None:
     assert not HEAVY & added
     ours = {name for name in added if name == "headrace" or name.startswith("headrace.")}
     assert {name for name in ours if name.startswith("headrace.cache.")} == {
+        "headrace.cache.compact",
         "headrace.cache.errors",
         "headrace.cache.paths",
         "headrace.cache.safetensors",
@@ -45,7 +46,8 @@ def test_the_header_parser_and_the_errors_need_no_torch() -> None:
 
 def test_what_the_loader_offers_is_what_it_says() -> None:
     assert set(headrace.loader.__all__) == {
-        "DirectorySource", "Header", "LoadStats", "Loaded", "Source", "SourceFile", "TensorInfo", "load",
-        "load_file", "open_source", "parse_header", "read_header", "safe_open", "stream", "tensors_digest",
+        "DirectorySource", "Experts", "Fused", "Header", "LoadStats", "Loaded", "Part", "Ranks", "Replicated", "Rule",
+        "SlicePlan", "Source", "SourceFile", "Split", "TensorInfo", "load", "load_file", "open_source",
+        "parse_header", "read_header", "safe_open", "stream", "tensors_digest",
     }  # fmt: skip
     assert all(hasattr(headrace.loader, name) for name in headrace.loader.__all__)

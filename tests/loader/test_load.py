@@ -18,7 +18,7 @@ from headrace.loader import DirectorySource, load, load_file
 from headrace.loader.choose import ReadPath
 from headrace.loader.memory import as_bytes
 
-PATHS: tuple[ReadPath, ...] = ("mapped", "buffered", "auto")
+PATHS: tuple[ReadPath, ...] = ("mapped", "buffered", "direct", "auto")
 SHAPES: tuple[tuple[int, ...], ...] = ((), (4,), (0,), (3, 0, 2), (2, 3, 4), (1, 8), (4, 1000))
 # F4 and F6 need a whole number of bytes.
 EVERY = [
@@ -195,7 +195,7 @@ def test_stats_tell_what_was_done_and_why(tmp_path: Path) -> None:
     stats = load(tmp_path, read_path="auto").stats
     described = stats.as_json()
     assert set(described) == {
-        "snapshot", "tensors", "bytes", "seconds", "gigabytes_per_second", "read_path", "trace", "explain"
+        "snapshot", "tensors", "bytes", "verified", "seconds", "gigabytes_per_second", "read_path", "trace", "explain",
     }  # fmt: skip
     assert described["snapshot"] is None
     assert len(stats.explain) == 3

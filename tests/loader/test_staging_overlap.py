@@ -19,7 +19,7 @@ from headrace.loader import api, load, plan, stream
 from headrace.loader.choose import ReadPath
 from headrace.loader.memory import as_bytes
 
-PATHS: tuple[ReadPath, ...] = ("mapped", "buffered", "auto")
+PATHS: tuple[ReadPath, ...] = ("mapped", "buffered", "direct", "auto")
 CHUNK = 100_000  # neither a page nor a tensor boundary
 SMALL_BLOCK = 64 * 1024
 

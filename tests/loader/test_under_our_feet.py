@@ -15,12 +15,11 @@ from support.filling_source import FillingSource
 from support.safetensors_files import entry, file_bytes
 
 from headrace.cache.errors import CheckpointError, LoadError
-from headrace.cache.safetensors import read_header
 from headrace.loader import load
-from headrace.loader.choose import ReadPath, choose
-from headrace.loader.memory import available, resident
-from headrace.loader.plan import Selection, plan_file
-from headrace.loader.source import LocalFile
+from headrace.loader.choose import ReadPath
+from headrace.loader.memory import available
+from headrace.loader.plan import Block
+from headrace.loader.readers.reader import FileReader
 
 ENTRIES = [entry("a", "F32", (300_000,)), entry("b", "F32", (300_000,))]
 CONTENT = file_bytes(ENTRIES)
@@ -33,54 +32,61 @@ def staged(folder: Path) -> FillingSource:
     return source
 
 
-def after(uses: int, act: Callable[[], object]) -> Callable[[], None]:
-    """Act once, when the descriptor has been used this often."""
-    counter = iter(range(1000))
+def when_reading(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
+    """Act once, just before the first block is filled: headers are read, the mapping is made."""
+    once = iter([act])
+    fill = FileReader.read
 
-    def count() -> None:
-        if next(counter) == uses:
-            act()
+    def read(self: FileReader, block: Block) -> None:
+        for one in once:
+            one()
+        fill(self, block)
 
-    return count
+    monkeypatch.setattr(FileReader, "read", read)
 
 
-@pytest.mark.parametrize("read_path", ["mapped", "buffered"])
-def test_a_file_truncated_during_the_load_is_an_error(read_path: ReadPath, tmp_path: Path) -> None:
+@pytest.mark.parametrize("read_path", ["mapped", "buffered", "direct", "auto"])
+def test_a_file_truncated_during_the_load_is_an_error(
+    read_path: ReadPath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with staged(tmp_path) as source:
-        file = source.files["model.safetensors"]
-        descriptor = file.fileno()
-        # Used for: first bytes, header, (mapping,) identity; so this is after the header and the mapping.
-        file.before_read = after(3, lambda: os.ftruncate(descriptor, 100_000))
+        descriptor = source.files["model.safetensors"].fileno()
+        when_reading(monkeypatch, lambda: os.ftruncate(descriptor, 100_000))
         with pytest.raises(LoadError, match=r"became shorter|changed while"):
             load(source, read_path=read_path, threads=1)
 
 
-@pytest.mark.parametrize("read_path", ["mapped", "buffered"])
-def test_a_file_rewritten_during_the_load_is_an_error(read_path: ReadPath, tmp_path: Path) -> None:
+@pytest.mark.parametrize("read_path", ["mapped", "buffered", "direct", "auto"])
+def test_a_file_rewritten_during_the_load_is_an_error(
+    read_path: ReadPath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with staged(tmp_path) as source:
-        file = source.files["model.safetensors"]
-        descriptor = file.fileno()
+        descriptor = source.files["model.safetensors"].fileno()
 
         def rewrite() -> None:
             time.sleep(0.02)  # the clock of file times is coarse
             os.pwrite(descriptor, b"x", len(CONTENT) - 1)
 
-        file.before_read = after(4, rewrite)
+        when_reading(monkeypatch, rewrite)
         with pytest.raises(LoadError, match="changed while it was loaded"):
             load(source, read_path=read_path, threads=1)
 
 
-def test_a_file_replaced_by_rename_during_the_load_gives_the_old_bytes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("read_path", ["mapped", "buffered", "direct", "auto"])
+def test_a_file_replaced_by_rename_during_the_load_gives_the_old_bytes(
+    read_path: ReadPath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = tmp_path / "expected.safetensors"
+    expected.write_bytes(CONTENT)
+    digest = load(expected).digest()
     with staged(tmp_path) as source:
         other = tmp_path / "other"
         other.write_bytes(b"something else")
-        source.files["model.safetensors"].before_read = after(3, lambda: other.rename(tmp_path / "0.partial"))
-        expected = tmp_path / "expected.safetensors"
-        expected.write_bytes(CONTENT)
-        assert load(source, threads=1).digest() == load(expected).digest()
+        when_reading(monkeypatch, lambda: other.rename(tmp_path / "0.partial"))
+        assert load(source, read_path=read_path, threads=1).digest() == digest
 
 
-@pytest.mark.parametrize("read_path", ["mapped", "buffered", "auto"])
+@pytest.mark.parametrize("read_path", ["mapped", "buffered", "direct", "auto"])
 @pytest.mark.parametrize("length", [0, 5, 8, 100, len(CONTENT) - 1])
 def test_a_truncated_file_is_refused_before_anything_is_read(
     read_path: ReadPath, length: int, tmp_path: Path
@@ -114,32 +120,6 @@ def test_memory_that_is_not_there_is_a_clear_error(tmp_path: Path) -> None:
     buffered, mapped = answer.stdout.splitlines()
     assert buffered.startswith("not enough memory for the 429496")
     assert "model.safetensors cannot be mapped: Cannot allocate memory" in mapped
-
-
-def test_what_the_page_cache_holds_decides_the_read_path(tmp_path: Path) -> None:
-    path = tmp_path / "model.safetensors"
-    path.write_bytes(file_bytes([entry("a", "F32", (2 << 20,))]))
-    plan = plan_file("model.safetensors", read_header(path), Selection())
-    file = LocalFile(path, "model.safetensors")
-    try:
-        os.fsync(file.fileno())
-        path.read_bytes()
-        assert resident(file.fileno(), 0, file.size) == 1.0
-        warm = choose(file, plan, "auto", plan.read_bytes, None)
-        assert (warm.reader.name, warm.why) == ("mapped", "mapped: 100% of it is in the page cache")
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        part = resident(file.fileno(), 0, file.size)
-        assert part is not None
-        if part > 0.5:
-            pytest.skip("this file system keeps its pages whatever is advised (tmpfs does)")
-        cold = choose(file, plan, "auto", plan.read_bytes, None)
-        assert cold.reader.name == "buffered"
-        assert "in the page cache" in cold.why
-        short = choose(file, plan, "auto", plan.read_bytes, plan.read_bytes)
-        assert short.reader.name == "mapped"
-        assert "would not fit" in short.why
-    finally:
-        file.close()
 
 
 def test_the_memory_that_is_available_is_known() -> None:

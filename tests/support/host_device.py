@@ -36,6 +36,7 @@ class HostDevice:
         self.torch_device = torch.device("cpu")
         self.room = room
         self.buffers = 0
+        self.live_buffers = 0  # not yet dropped by who asked for them
         self.copies = 0
         self.slab_bytes = 0
         self._delay = delay
@@ -69,7 +70,13 @@ class HostDevice:
 
     def staging(self, size: int) -> torch.Tensor:
         self.buffers += 1
-        return torch.empty(size, dtype=torch.uint8)
+        self.live_buffers += 1
+        memory = torch.empty(size, dtype=torch.uint8)
+        weakref.finalize(memory.untyped_storage(), self._dropped)
+        return memory
+
+    def _dropped(self) -> None:
+        self.live_buffers -= 1
 
     def copy_in(self, slab: torch.Tensor, offset: int, host: torch.Tensor) -> None:
         self._tasks.put((slab[offset : offset + host.numel()], host))

@@ -1,10 +1,11 @@
-"""Small models as bytes by path, their published manifests, and staging with little patience."""
+"""Small models as bytes by path, their published manifests, and staging them."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,18 @@ from headrace.cache.staging import StageReport, StagingJob, run
 from headrace.cache.store import Store
 
 CHUNK = 64 * 1024
-IMPATIENT = OriginOptions(
-    connect_timeout=2, first_byte_timeout=1, stall_timeout=1, attempts=4, backoff_base=0.005, backoff_max=0.02
+# A request that meets a timeout is made again, and its bytes are sent twice: on a machine that stands still
+# for a moment, too. So where requests and bytes are counted, nothing but a fault may end a request.
+PATIENT = OriginOptions(
+    connect_timeout=60,
+    first_byte_timeout=60,
+    stall_timeout=60,
+    attempts=4,
+    backoff_base=0.005,
+    backoff_max=0.02,
 )
+IMPATIENT = replace(PATIENT, connect_timeout=2, first_byte_timeout=1, stall_timeout=1)
+"""For servers that stall."""
 
 
 def small_model(seed: int = 0, *, tensors: int = 12, rows: int = 160) -> dict[str, bytes]:
@@ -73,10 +83,10 @@ def below(prefix: str, files: Mapping[str, bytes]) -> dict[str, bytes]:
 
 
 def stage_small(reference: str, root: Path, progress: Progress | None = None, **request: Any) -> StageReport:
-    """Stage with 64 KiB chunks, one chunk a request, and little patience."""
+    """Stage with 64 KiB chunks, one chunk a request, and patience (see `PATIENT`)."""
     values: dict[str, Any] = {
         "chunk": CHUNK,
-        "options": IMPATIENT,
+        "options": PATIENT,
         "limits": StagerLimits(span=CHUNK, connections=8, reserve=0),
         "workers": 1,
         "domain": "default",

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from support.models import CHUNK, IMPATIENT, stage_small
+from support.models import CHUNK, PATIENT, stage_small
 
 import headrace.cache
 from headrace.cache import chunkmap
@@ -42,7 +42,7 @@ def stage(task: dict[str, Any]) -> dict[str, Any]:
 def repair(task: dict[str, Any]) -> dict[str, Any]:
     with Store.open(task["root"]) as store:
         domain = store.domain()
-        report = repairing.repair(store, domain, domain.snapshot(task["snapshot"]), options=IMPATIENT)
+        report = repairing.repair(store, domain, domain.snapshot(task["snapshot"]), options=PATIENT)
     return {"snapshot": report.snapshot, "sources": report.sources}
 
 

@@ -69,7 +69,9 @@ class ChunkMap:
         try:
             pages = -(-(2 * count) // _PAGE)
             allocate(fd, _PAGE * (1 + pages))
-            os.pwrite(fd, _HEADER.pack(_MAGIC, _VERSION, 0, count, boot_id().encode(), b""), 0)
+            # Nothing is in it yet, so nothing that was not verified on this boot.
+            boot = boot_id().encode()
+            os.pwrite(fd, _HEADER.pack(_MAGIC, _VERSION, 0, count, boot, boot), 0)
         finally:
             os.close(fd)
 
@@ -95,8 +97,17 @@ class ChunkMap:
         """Whether the object was last verified against its digests on this boot."""
         return bool(_BOOT.unpack_from(self._mm, _VERIFIED_AT)[0] == self._this_boot)
 
+    @property
+    def verified_ever(self) -> bool:
+        """Whether there is a boot on which everything in the object was verified, and nothing found wrong since."""
+        return bool(_BOOT.unpack_from(self._mm, _VERIFIED_AT)[0].strip(b"\0"))
+
     def set_verified(self) -> None:
         _BOOT.pack_into(self._mm, _VERIFIED_AT, self._this_boot)
+
+    def forget_verified(self) -> None:
+        """Something in the object is wrong, or is believed without having been verified since it was written."""
+        _BOOT.pack_into(self._mm, _VERIFIED_AT, b"")
 
     def states(self) -> bytes:
         """A copy of all states."""

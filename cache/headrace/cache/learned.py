@@ -49,6 +49,11 @@ class LearnedDigests:
         slot = _SLOT.pack(digest, _check(index, digest))
         os.pwrite(self._fd, slot, _HEADER.size + index * _SLOT.size)
 
+    def get(self, index: int) -> bytes | None:
+        """One chunk's digest; None where unknown."""
+        slot = os.pread(self._fd, _SLOT.size, _HEADER.size + index * _SLOT.size)
+        return self._read(slot, 0, index) if len(slot) == _SLOT.size else None
+
     def all(self, count: int) -> list[bytes | None]:
         """Every chunk's digest; None where unknown."""
         data = os.pread(self._fd, count * _SLOT.size, _HEADER.size)
@@ -57,10 +62,13 @@ class LearnedDigests:
             if (index + 1) * _SLOT.size > len(data):
                 found.append(None)
                 continue
-            raw, check = _SLOT.unpack_from(data, index * _SLOT.size)
-            digest: bytes = raw[: self._width]
-            found.append(digest if check == _check(index, digest) else None)
+            found.append(self._read(data, index * _SLOT.size, index))
         return found
+
+    def _read(self, data: bytes, at: int, index: int) -> bytes | None:
+        raw, check = _SLOT.unpack_from(data, at)
+        digest: bytes = raw[: self._width]
+        return digest if check == _check(index, digest) else None
 
     def sync(self) -> None:
         os.fdatasync(self._fd)

@@ -341,7 +341,6 @@ class ObjectWriter:
             for index, state in enumerate(self.map.states()):
                 if state == WRITTEN:
                     self.map.mark(index, DURABLE)
-            self.map.set_verified()
             self.map.sync()
             sync_file(self.folder.grid_file)
             os.fchmod(self._data, 0o444)
@@ -408,6 +407,11 @@ class ObjectWriter:
                     self.map.mark(index, WRITTEN if self._holds(index, digests[index]) else ABSENT)
                     self._unsynced.add(index)
             self._unsynced = {i for i in self._unsynced if self.map.state(i) == WRITTEN}
+            # Durable chunks are believed: that the object was verified can be said when they were read again.
+            if DURABLE in self.map.states():
+                self.map.forget_verified()
+            else:
+                self.map.set_verified()
             self.map.set_current()
             self.map.sync()
         # A downgrade of an open-file-description lock is atomic.

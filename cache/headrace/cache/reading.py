@@ -6,15 +6,19 @@ flock, and the inode of a filling object from being exchanged by a shared lock o
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from headrace.cache import locks
 from headrace.cache.chunkmap import ChunkMap
-from headrace.cache.errors import CheckpointError, NotStaged, StagingStopped
+from headrace.cache.digest import Hasher, hasher
+from headrace.cache.errors import CheckpointError, NotStaged, StagingStopped, StoreError
+from headrace.cache.grid import Grid
+from headrace.cache.learned import LearnedDigests
 from headrace.cache.manifest import ManifestFile
 from headrace.cache.object import READERS, ObjectFolder, being_staged
 from headrace.cache.snapshot import Snapshot
@@ -26,19 +30,28 @@ if TYPE_CHECKING:
 _POLL_FIRST, _POLL_MOST = 0.0005, 0.01
 _ABANDONED = 5.0
 
+Verified = Literal["this boot", "earlier boot", "never", "unknown"]
+"""When every byte of an object was last verified; unknown where its notes are not this user's to read."""
+
 
 class StoredFile:
     """One open file of a snapshot; the loader's `SourceFile`. Used by several threads."""
 
-    def __init__(self, file: ManifestFile, folder: ObjectFolder, check: Callable[[], None]) -> None:
+    def __init__(
+        self, file: ManifestFile, folder: ObjectFolder, algorithm: str, check: Callable[[], None]
+    ) -> None:
         """Open `data`, or `partial` with its map.
 
         Args:
+            algorithm: of the chunks' digests.
             check: raises when staging in this process has failed.
         """
         self.path = file.path
         self.size = file.size
+        self._algorithm = algorithm
         self._grid = file.grid
+        self._published = file.chunks
+        self._learned: LearnedDigests | None = None
         self._folder = folder
         self._check = check
         self._map: ChunkMap | None = None
@@ -127,9 +140,72 @@ class StoredFile:
             time.sleep(delay)
             delay = min(delay * 2, _POLL_MOST)
 
+    # -- for a reader that verifies again ---------------------------------------------------------------
+
+    @property
+    def grid(self) -> Grid:
+        return self._grid
+
+    def has_digests(self) -> bool:
+        """Whether the chunks' digests are there to be read: published, or learned by this user's store."""
+        return self._published is not None or self._open_learned() is not None
+
+    def hasher(self) -> Hasher:
+        """For one chunk's bytes."""
+        return hasher(self._algorithm)
+
+    def digest(self, index: int) -> bytes | None:
+        """A readable chunk's digest, published or else learned; None where unknown."""
+        if self._published is not None:
+            return bytes.fromhex(self._published[index])
+        learned = self._open_learned()
+        return None if learned is None else learned.get(index)
+
+    def verified(self) -> Verified:
+        """When everything that is there was last verified against its digests."""
+        try:
+            with ChunkMap.open(self._folder.map, writable=False) as chunk_map:
+                if chunk_map.verified_this_boot:
+                    return "this boot"
+                return "earlier boot" if chunk_map.verified_ever else "never"
+        except (PermissionError, FileNotFoundError):
+            return "unknown"
+
+    def note_verified(self, *, good: bool) -> None:
+        """Write down that every chunk was just verified, or that one is wrong, for whoever reads next.
+
+        Nothing is written where this process may not write the store, for an object that is still filling (its
+        stagers take notes themselves), nor where a repair has put another inode in place of the one read.
+        """
+        try:
+            if not os.path.samestat(os.stat(self._folder.data), os.fstat(self._fd)):
+                return
+            with ChunkMap.open(self._folder.map, writable=True) as chunk_map:
+                if good:
+                    chunk_map.set_verified()
+                else:
+                    chunk_map.forget_verified()
+                    chunk_map.sync()
+        except (FileNotFoundError, PermissionError):
+            return
+        except OSError as error:
+            if error.errno != errno.EROFS:
+                raise StoreError(
+                    f"the chunk map of {self.path!r} cannot be written ({error.strerror}): run `headrace verify`."
+                ) from None
+
+    def _open_learned(self) -> LearnedDigests | None:
+        if self._learned is None:
+            try:
+                self._learned = LearnedDigests(self._folder.digests, writable=False)
+            except (PermissionError, FileNotFoundError):
+                return None
+        return self._learned
+
     def close(self) -> None:
-        if self._map is not None:
-            self._map.close()
+        for part in (self._map, self._learned):
+            if part is not None:
+                part.close()
         for fd in (self._fd, self._lock):
             if fd >= 0:
                 os.close(fd)
@@ -178,7 +254,7 @@ class StoredSnapshot:
         if file is None:
             raise NotStaged(f"{self.name} has no file {path!r}.")
         object_id = self.manifest.object_id(self._domain.name, file)
-        return StoredFile(file, self._domain.object(object_id), self._check)
+        return StoredFile(file, self._domain.object(object_id), self.manifest.algorithm, self._check)
 
     def close(self) -> None:
         if self._hold >= 0:

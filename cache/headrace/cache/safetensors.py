@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
+from headrace.cache.compact import Columns, read_columns
 from headrace.cache.errors import CheckpointError
 
 MAX_HEADER = 100_000_000
@@ -180,6 +181,9 @@ def parse_header(head: bytes | bytearray | memoryview, file_size: int, where: st
     data_start = PREFIX + len(head)
     with collector_paused():
         text = _decode(head, where)
+        columns = read_columns(text, DTYPE_BITS)
+        if columns is not None:
+            return _from_columns(columns, data_start, file_size, where)
         entries = _parse_json(text, None, where)
         metadata = _check_metadata(entries.pop(_METADATA, None), where)
         infos = [_check_entry(name, entry, where) for name, entry in entries.items()]
@@ -188,6 +192,18 @@ def parse_header(head: bytes | bytearray | memoryview, file_size: int, where: st
         infos.sort(key=_file_order)
         _check_coverage(infos, file_size - data_start, where)
         return Header({info[0]: info for info in infos}, metadata, data_start, file_size)
+
+
+def _from_columns(columns: Columns, data_start: int, file_size: int, where: str) -> Header:
+    metadata = _check_metadata(columns.metadata, where)
+    rows = zip(columns.names, columns.dtypes, columns.shapes, columns.starts, columns.stops, strict=True)
+    infos = list(map(TensorInfo._make, rows))
+    if columns.gapless:
+        _check_end(columns.stops[-1], file_size - data_start, where)
+    else:
+        infos.sort(key=_file_order)
+        _check_coverage(infos, file_size - data_start, where)
+    return Header({info[0]: info for info in infos}, metadata, data_start, file_size)
 
 
 def read_header(source: int | str | os.PathLike[str], where: str | None = None) -> Header:
@@ -401,6 +417,10 @@ def _check_coverage(infos: list[TensorInfo], data_size: int, where: str) -> None
             )
             _refuse_entry(name, f"its range {start}-{stop} {what}", where)
         position = stop
+    _check_end(position, data_size, where)
+
+
+def _check_end(position: int, data_size: int, where: str) -> None:
     if position > data_size:
         raise CheckpointError(
             f"{where} is truncated, {position - data_size} of {position} bytes of tensors are missing: "

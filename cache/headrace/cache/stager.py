@@ -1,9 +1,9 @@
 """The stager: fills the objects of one snapshot, chunk by chunk, verified, and links it.
 
 Several stagers (threads, processes, worker processes of one run) may work on the same snapshot: every
-chunk is claimed by a kernel lock before it is fetched, so each is fetched once; when a stager dies its
-claims die with it, and the others, who poll, take over. Order is the manifest's, so that whole tensors
-are there early; what a reader waits for goes first.
+chunk is claimed by a kernel lock before it is fetched, so each is fetched once, and again only after its
+request has failed; when a stager dies its claims die with it, and the others, who poll, take over. Order
+is the manifest's, so that whole tensors are there early; what a reader waits for goes first.
 
 Crash story: `object` and `snapshot` hold it; the stager itself keeps no state on disk.
 """

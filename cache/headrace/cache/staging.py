@@ -7,7 +7,6 @@ while it fills, and Ctrl-C stops it cleanly: claims die with the job, verified c
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import subprocess
 import threading
@@ -29,7 +28,7 @@ from headrace.cache.selection import Skipped
 from headrace.cache.snapshot import Selection, Snapshot
 from headrace.cache.stager import Stager
 from headrace.cache.store import Domain, Store, default_root, may_write
-from headrace.cache.worker import spawn
+from headrace.cache.worker import end, spawn
 
 _WORKER_WORTH = 4 << 30
 
@@ -112,6 +111,11 @@ class StagingJob:
         if self._report is None:
             raise Interrupted("staging was interrupted; what arrived is kept, and the next run resumes.")
         return self._report
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing runs any more, however it ended."""
+        return self._ended.is_set()
 
     def check(self) -> None:
         """Raise what staging has failed with, if it has."""
@@ -290,9 +294,8 @@ async def _with_workers(
             workers += [spawn(store, domain.name, snapshot.id, reference, options, job.request.limits)]
         await stager.run()
         for worker in workers:
-            answer, _ = await asyncio.to_thread(worker.communicate)
-            done = json.loads(answer or "{}")
-            if "fetched" in done:
+            done = await asyncio.to_thread(end, worker)
+            if done:
                 job.progress.absorb(done["fetched"], done["chunks"])
     finally:
         for worker in workers:

@@ -198,9 +198,12 @@ def _check_object(
     result = _Checked(
         sum(file.grid.lengths[i] for i in present), tuple(bad), damaged, unknown and not damaged
     )
-    if not bad and not damaged and not unknown and folder.complete and _may_write(store, folder):
+    if not unknown and folder.complete and _may_write(store, folder):
         with ChunkMap.open(folder.map, writable=True) as chunk_map:
-            chunk_map.set_verified()
+            if bad or damaged:
+                chunk_map.forget_verified()
+            else:
+                chunk_map.set_verified()
     return result
 
 

@@ -24,10 +24,25 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--read-path",
-    type=click.Choice(["auto", "mapped", "buffered"]),
+    type=click.Choice(["auto", "mapped", "buffered", "direct"]),
     default="auto",
     show_default=True,
     help="How files are read.",
+)
+@click.option(
+    "--verify",
+    type=click.Choice(["auto", "always", "boot", "never"]),
+    default="auto",
+    show_default=True,
+    help="Compare what is read with its digests: always; if it was not since the machine started (boot); never; "
+    "or if it never was (auto).",
+)
+@click.option("--rank", type=int, metavar="R", help="Load only what rank R of --world needs.")
+@click.option("--world", type=int, metavar="N", help="Of how many ranks --rank is one.")
+@click.option(
+    "--tp-plan",
+    metavar="FILE|auto",
+    help="How ranks share tensors: a JSON object of names and styles, as transformers has them; or transformers' own.",
 )
 @click.option("--explain", is_flag=True, help="Say which read path was taken for each file, and why.")
 @click.option("--digest", is_flag=True, help="Compute the digest over all loaded tensors.")
@@ -39,13 +54,17 @@ def command(
     names: tuple[str, ...],
     patterns: tuple[str, ...],
     read_path: str,
+    verify: str,
+    rank: int | None,
+    world: int | None,
+    tp_plan: str | None,
     explain: bool,
     digest: bool,
 ) -> None:
     """Load safetensors from a model reference, a folder or a file; bytes are read as they arrive."""
     from headrace.cache.progress import Progress
     from headrace.cli.display import displayed
-    from headrace.cli.loading import load_model
+    from headrace.cli.loading import load_model, share_of
 
     progress = Progress()
     # A folder or file is read where it is: nothing is staged, so there is nothing to watch.
@@ -60,6 +79,8 @@ def command(
             names=names,
             patterns=patterns,
             read_path=read_path,
+            verify=verify,
+            share=share_of(rank, world, tp_plan),
         )
     result: dict[str, Any] = outcome.stats.as_json()
     if digest:

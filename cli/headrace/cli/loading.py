@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from headrace.cache.errors import Interrupted, MissingDependency
+from headrace.cache.errors import Interrupted, MissingDependency, UsageError
 from headrace.cache.progress import Progress
 from headrace.cache.staging import open_for_loading
 
@@ -33,6 +34,42 @@ class Outcome:
     staged: StageReport | None
 
 
+@dataclass(frozen=True, slots=True)
+class Share:
+    """One rank of several loads its slices.
+
+    Attributes:
+        rank, world: which, 0 to world - 1.
+        tp_plan: style by name, as in transformers; None: transformers' own for the model.
+    """
+
+    rank: int
+    world: int
+    tp_plan: Mapping[str, str] | None
+
+
+def share_of(rank: int | None, world: int | None, tp_plan: str | None) -> Share | None:
+    """From the options; None if none is given.
+
+    Raises:
+        UsageError: only some are given, or the file of `tp_plan` cannot be read.
+    """
+    if rank is None and world is None and tp_plan is None:
+        return None
+    if rank is None or world is None or tp_plan is None:
+        raise UsageError("--rank, --world and --tp-plan go together: give all three, or none.")
+    if tp_plan == "auto":
+        return Share(rank, world, None)
+    try:
+        with open(tp_plan, encoding="utf-8") as file:
+            plan = json.load(file)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"the tensor-parallel plan {tp_plan} cannot be read: {error}.") from error
+    if not isinstance(plan, dict):
+        raise UsageError(f"the tensor-parallel plan {tp_plan} is not a JSON object of names and styles.")
+    return Share(rank, world, plan)
+
+
 def load_model(
     source: str,
     *,
@@ -43,6 +80,8 @@ def load_model(
     names: Sequence[str] = (),
     patterns: Sequence[str] = (),
     read_path: str = "auto",
+    verify: str = "auto",
+    share: Share | None = None,
 ) -> Outcome:
     """Load a model, then wait until all of it is staged.
 
@@ -61,9 +100,16 @@ def load_model(
             # Staging starts first: importing torch takes seconds in which chunks arrive.
             opened = open_for_loading(source, root=root, domain=domain, progress=progress)
             loader = _loader()
+        slices = None if share is None else _slices(opened, share)
         opening = time.perf_counter() - begun
         loaded = loader.load(
-            opened, device, names=names or None, patterns=patterns or None, read_path=read_path
+            opened,
+            device,
+            names=names or None,
+            patterns=patterns or None,
+            read_path=read_path,
+            slices=slices,
+            verify=verify,
         )
         # The tensors are there; the snapshot is complete only when the rest of it is, too.
         job = getattr(opened, "job", None)
@@ -92,6 +138,11 @@ def _with_opening(stats: LoadStats, opening: float) -> LoadStats:
         for span in stats.trace
     ]
     return replace(stats, seconds=stats.seconds + opening, trace=tuple(spans))
+
+
+def _slices(source: Any, share: Share) -> Any:
+    tp_plan = importlib.import_module("headrace.loader.tp_plan")
+    return tp_plan.slices_of_source(source, share.rank, share.world, plan=share.tp_plan)
 
 
 def _loader() -> Any:

@@ -14,6 +14,7 @@ from headrace.cli.units import count, show_seconds, show_size
 
 if TYPE_CHECKING:
     from headrace.cache.prepare import StageRequest
+    from headrace.cache.progress import Progress
     from headrace.cache.staging import StageReport
 
 
@@ -30,12 +31,16 @@ if TYPE_CHECKING:
 @size_option("--chunk-size", "For models without a published manifest. [default: 16MiB]")
 @click.option("--algorithm", type=click.Choice(["xxh3-128", "blake3"]), help="Chunk digests, likewise.")
 @click.option("--connections", type=click.IntRange(1), help="At most so many requests at once, per worker.")
+@click.option("--stream", is_flag=True, help="Stage no weights now: DST says where they come from.")
 @shared
-def command(call: Invocation, paths: tuple[str, ...], keys: tuple[str, ...], **options: Any) -> None:
+def command(
+    call: Invocation, paths: tuple[str, ...], keys: tuple[str, ...], stream: bool, **options: Any
+) -> None:
     """Stage model references, verified, onto local disk.
 
     With a DST the files also appear in that folder (reflink, else copy): SRC and DST in turn, as a
-    KServe storage initializer gets them.
+    KServe storage initializer gets them. With --stream the DST gets the small files only, and the
+    loader of the program that opens it stages the weights while it loads them.
     """
     from headrace.cache.progress import Progress
     from headrace.cache.staging import StagingJob, run
@@ -47,6 +52,11 @@ def command(call: Invocation, paths: tuple[str, ...], keys: tuple[str, ...], **o
     for source, destination in pairs:
         progress = Progress()
         request = _request(call, source, keys, **options)
+        if stream:
+            entry, line = _stream(call, request, progress, destination)
+            done.append(entry)
+            lines.append(line)
+            continue
         with displayed(call, source, progress):
             report = run(StagingJob(request, progress))
         entry = fields(report)
@@ -104,6 +114,33 @@ def _request(
     if connections is not None:
         request = replace(request, limits=replace(request.limits, connections=connections))
     return request
+
+
+def _stream(
+    call: Invocation, request: StageRequest, progress: Progress, destination: str | None
+) -> tuple[dict[str, Any], str]:
+    """Make a stream directory. Returns the element of `snapshots`, and the same for people."""
+    from headrace.cache.staging import StagingJob
+    from headrace.cache.stream_directory import write_stream_directory
+    from headrace.cli.display import displayed
+
+    if destination is None:
+        raise UsageError(f"--stream needs a DST: headrace stage --stream {request.reference} DIRECTORY")
+    if request.selection.include or request.selection.ignore:
+        raise UsageError("--stream takes the whole model: leave --include and --ignore out.")
+    with displayed(call, request.reference, progress):
+        job = StagingJob(request, progress)
+        record, files = write_stream_directory(job, destination)
+    entry = {
+        "reference": request.reference,
+        "snapshot": record.snapshot,
+        "files": len(files),
+        "bytes": progress.total,
+        "stream": True,
+        "destination": destination,
+    }
+    line = f"{request.reference}\n  snapshot {record.snapshot[:12]}\n  its small files are in {destination}"
+    return entry, line
 
 
 def _deliver(call: Invocation, report: StageReport, destination: str) -> None:

@@ -11,16 +11,26 @@ from headrace.cache.safetensors import Header, TensorInfo, parse_header, read_he
 from headrace.loader.api import Loaded, LoadStats, load, stream
 from headrace.loader.digest import tensors_digest
 from headrace.loader.drop_in import load_file, safe_open
+from headrace.loader.ranks.session import Ranks
 from headrace.loader.reference import open_source
+from headrace.loader.slices import Experts, Fused, Part, Replicated, Rule, SlicePlan, Split
 from headrace.loader.source import DirectorySource, Source, SourceFile
 
 __all__ = [
     "DirectorySource",
+    "Experts",
+    "Fused",
     "Header",
     "LoadStats",
     "Loaded",
+    "Part",
+    "Ranks",
+    "Replicated",
+    "Rule",
+    "SlicePlan",
     "Source",
     "SourceFile",
+    "Split",
     "TensorInfo",
     "load",
     "load_file",

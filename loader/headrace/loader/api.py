@@ -10,20 +10,30 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+import torch.distributed
 
 from headrace.cache.errors import UsageError
 from headrace.cache.safetensors import TensorInfo
 from headrace.loader.checkpoint import find_checkpoint
 from headrace.loader.choose import ReadPath, check_read_path
 from headrace.loader.digest import tensors_digest
+from headrace.loader.gathering import GatherPlan
 from headrace.loader.opening import DeviceReading, Opening
-from headrace.loader.plan import Selection
+from headrace.loader.plan import FilePlan, Selection
+from headrace.loader.ranks.exchange import HandOverStopped
+from headrace.loader.ranks.session import Ranks, Session, together
+from headrace.loader.readers.fetch import Fetch
+from headrace.loader.readers.gather import DeviceGatherReader
+from headrace.loader.readers.gpudirect import device_reader
+from headrace.loader.readers.reader import FileReader
 from headrace.loader.reference import open_source
 from headrace.loader.sinks.cuda import CudaDevice
-from headrace.loader.sinks.device import Device, DeviceReader, Ring
-from headrace.loader.source import DirectorySource, Source
+from headrace.loader.sinks.device import Device, Ring
+from headrace.loader.slices import SlicePlan
+from headrace.loader.source import DirectorySource, Source, SourceFile
 from headrace.loader.trace import Span, Trace
-from headrace.loader.transfer import Transfer
+from headrace.loader.transfer import Transfer, default_threads
+from headrace.loader.verify import VerifyMode, check_verify, reading
 
 MAX_AHEAD = 1 << 30
 """By default `stream` reads at most this many bytes of complete tensors ahead of who takes them."""
@@ -41,8 +51,9 @@ class LoadStats:
         files: how many files were read.
         tensors: how many tensors were loaded.
         bytes: of these tensors.
+        verified: bytes of the files that were compared with their digests meanwhile.
         seconds: from the call until every tensor was there.
-        read_path: mapped, buffered, or mixed.
+        read_path: mapped, buffered, direct, or mixed.
         trace: where the time went (summed over threads).
         explain: one sentence for each file: which read path, and why.
     """
@@ -52,6 +63,7 @@ class LoadStats:
     files: int
     tensors: int
     bytes: int
+    verified: int
     seconds: float
     read_path: str
     trace: tuple[Span, ...]
@@ -68,6 +80,7 @@ class LoadStats:
             "snapshot": self.snapshot,
             "tensors": self.tensors,
             "bytes": self.bytes,
+            "verified": self.verified,
             "seconds": self.seconds,
             "gigabytes_per_second": self.gigabytes_per_second,
             "read_path": self.read_path,
@@ -103,6 +116,9 @@ def load(
     names: Iterable[str] | None = None,
     patterns: Iterable[str] | None = None,
     read_path: ReadPath = "auto",
+    slices: SlicePlan | None = None,
+    verify: VerifyMode = "auto",
+    group: Ranks | torch.distributed.ProcessGroup | None = None,
     threads: int | None = None,
     root: str | None = None,
     domain: str | None = None,
@@ -116,8 +132,16 @@ def load(
         device: "cpu", or a CUDA device.
         names, patterns: only these tensors, or those that match one of these globs; by default all.
         read_path: "mapped" (views of the file: nothing is copied, and the file must not change as long as
-            the tensors live), "buffered" (private memory), or "auto", which looks at the page cache.
-        threads: that read; by default one per core, 2 to 8.
+            the tensors live), "buffered" (private memory), "direct" (private memory, read around the page
+            cache), or "auto", which takes for each part of each file what is fastest for it.
+        slices: load of each tensor only what one rank of several needs, and read little else. `infos` has the
+            slices' shapes; tensors that the rank does without are left out.
+        verify: compare the bytes with their digests while they are read: "always", "boot" (what was not
+            verified since the machine started), "never", or "auto" (what never was). Only what comes from a
+            store has digests; what is being staged is verified before it can be read, in any case.
+        group: the processes that load the same model at the same time, each calling this. Those of one node
+            read each byte once for all of them, and succeed together or fail together (see `Ranks`).
+        threads: that read; by default one per core, 4 to 8.
         root, domain, progress: for staging a model reference.
 
     Tensors whose dtype torch lacks come as their bytes: uint8, one-dimensional.
@@ -125,27 +149,41 @@ def load(
     Raises:
         CheckpointError: files that are not safetensors, or contradict each other.
         MissingTensor: tensors or shards that the index or the caller names are not there.
-        LoadError: a file became shorter or changed meanwhile, or memory ran out.
+        IntegrityError: bytes do not have their digest.
+        LoadError: a file became shorter or changed meanwhile, memory ran out, or another rank of the group
+            failed, ended, hangs, or wants something else; it is named.
         StagingStopped: a part is not staged, and nobody stages it any more.
         UsageError: an argument that cannot be meant.
     """
     selection = Selection.of(names, patterns)
     check_read_path(read_path)
+    check_verify(verify)
     workers = _threads(threads)
     target = _device(device)
     trace = Trace()
     with contextlib.ExitStack() as stack:
+        session = stack.enter_context(together(group))
         with trace.span("resolve"):
             source = _source(src, stack, root, domain, progress)
         transfer = Transfer(trace)
-        opening = _opening(source, selection, read_path, transfer, _for_device(target, workers, stack))
-        stack.callback(_close, opening)
+        _join(session, target, transfer, judged=True)
+        for_device = _for_device(target, workers, stack, session)
+        opening = _opening(source, selection, read_path, verify, transfer, for_device)
+        opening.threads, opening.slices, opening.session = workers, slices, session
+        stack.callback(opening.close)
         with _running(transfer, opening, workers) as futures:
             _finish(futures)
+        if session is not None:
+            session.check()
         tensors: dict[str, torch.Tensor] = {}
         with trace.span("place"):
             for reader in opening.readers:
                 tensors.update(reader.take_all())
+            if slices is not None:  # a file's ranges came before what was gathered
+                tensors = {name: tensors[name] for name in opening.infos}
+        if session is not None:
+            with trace.span("together"):
+                session.finish()
         stats = _stats(source, opening, trace)
     return Loaded(tensors, opening.infos, stats)
 
@@ -157,6 +195,9 @@ def stream(
     names: Iterable[str] | None = None,
     patterns: Iterable[str] | None = None,
     read_path: ReadPath = "auto",
+    slices: SlicePlan | None = None,
+    verify: VerifyMode = "auto",
+    group: Ranks | torch.distributed.ProcessGroup | None = None,
     threads: int | None = None,
     max_ahead: int = MAX_AHEAD,
     root: str | None = None,
@@ -174,6 +215,7 @@ def stream(
     """
     selection = Selection.of(names, patterns)
     check_read_path(read_path)
+    check_verify(verify)
     if max_ahead <= 0:
         raise UsageError(f"max_ahead must be a positive number of bytes, not {max_ahead}")
     workers = _threads(threads)
@@ -181,16 +223,21 @@ def stream(
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
         with contextlib.ExitStack() as stack:
+            session = stack.enter_context(together(group))
             source = _source(src, stack, root, domain, progress)
             transfer = Transfer(Trace(), per_tensor=True, max_ahead=max_ahead)
-            for_device = _for_device(target, workers, stack)
-            opening = _opening(source, selection, read_path, transfer, for_device, _STREAM_IMAGE)
-            stack.callback(_close, opening)
+            _join(session, target, transfer, judged=False)  # who takes the tensors may take their time
+            for_device = _for_device(target, workers, stack, session)
+            opening = _opening(source, selection, read_path, verify, transfer, for_device, _STREAM_IMAGE)
+            opening.threads, opening.slices, opening.session = workers, slices, session
+            stack.callback(opening.close)
             with _running(transfer, opening, workers) as futures:
                 for ready in transfer.taken():
                     reader = ready.job.reader
                     yield reader.plan.placed[ready.number].info.name, reader.take(ready.number)
                 _finish(futures)
+            if session is not None:
+                session.finish()
 
     return tensors()
 
@@ -213,14 +260,15 @@ def _opening(
     source: Source,
     selection: Selection,
     read_path: ReadPath,
+    verify: VerifyMode,
     transfer: Transfer,
     for_device: DeviceReading | None,
     max_image: int | None = None,
 ) -> Opening:
     only = source.only if isinstance(source, DirectorySource) else None
     with transfer.trace.span("resolve"):
-        checkpoint = find_checkpoint(source, only)
-    return Opening(source, checkpoint, selection, read_path, transfer, max_image, for_device)
+        checkpoint = find_checkpoint(source, only, reading(verify))
+    return Opening(source, checkpoint, selection, read_path, transfer, max_image, for_device, verify=verify)
 
 
 @contextlib.contextmanager
@@ -238,15 +286,9 @@ def _running(
 def _finish(futures: list[concurrent.futures.Future[None]]) -> None:
     """Wait for all; raise the first failure. The opening comes last: it also fails when a reader did."""
     concurrent.futures.wait(futures)
-    for future in futures:
-        future.result()
-
-
-def _close(opening: Opening) -> None:
-    for reader in opening.readers:
-        reader.close()
-    for file in opening.files:
-        file.close()
+    failures = [failure for future in futures if (failure := future.exception()) is not None]
+    for failure in sorted(failures, key=lambda failure: isinstance(failure, HandOverStopped)):
+        raise failure
 
 
 def _stats(source: Source, opening: Opening, trace: Trace) -> LoadStats:
@@ -257,6 +299,7 @@ def _stats(source: Source, opening: Opening, trace: Trace) -> LoadStats:
         files=len(opening.files),
         tensors=len(opening.infos),
         bytes=sum(info.nbytes for info in opening.infos.values()),
+        verified=sum(reader.check.verified_bytes for reader in opening.readers if reader.check),
         seconds=trace.elapsed(),
         read_path=used.pop() if len(used) == 1 else "mixed" if used else "none",
         trace=trace.spans(),
@@ -266,7 +309,7 @@ def _stats(source: Source, opening: Opening, trace: Trace) -> LoadStats:
 
 def _threads(threads: int | None) -> int:
     if threads is None:
-        return max(2, min(8, len(os.sched_getaffinity(0))))
+        return default_threads()
     if threads < 1:
         raise UsageError(f"threads must be at least 1, not {threads}")
     return threads
@@ -287,10 +330,31 @@ def _device(device: str | int | torch.device | Device) -> Device | None:
     return device
 
 
-def _for_device(target: Device | None, workers: int, stack: contextlib.ExitStack) -> DeviceReading | None:
+def _join(session: Session | None, target: Device | None, transfer: Transfer, *, judged: bool) -> None:
+    """Let what happens to other ranks stop the reading; `judged`: they may expect progress of this one."""
+    if session is None:
+        return
+    session.device = "" if target is None else target.torch_device.type
+    transfer.on_stop = session.stop
+    session.watch(transfer.trace.events if judged else None, transfer.stop)
+
+
+def _for_device(
+    target: Device | None, workers: int, stack: contextlib.ExitStack, session: Session | None
+) -> DeviceReading | None:
     if target is None:
         return None
     # Two for each thread: one is being filled while the other is copied from.
     ring = Ring(target, 2 * workers)
     stack.callback(ring.close)
-    return lambda file, plan: DeviceReader(file, plan, target, ring)
+
+    def reader(file: SourceFile, plan: FilePlan, fetch: Fetch) -> FileReader:
+        if isinstance(plan, GatherPlan):
+            return DeviceGatherReader(file, plan, target, ring)
+        if session is not None:
+            made = session.device_reader(file, plan, fetch, target, ring)
+            if made is not None:
+                return made
+        return device_reader(file, plan, fetch, target, ring)
+
+    return reader

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,26 +55,32 @@ class Checkpoint:
         return result
 
 
-def find_checkpoint(source: Source, only: str | None = None) -> Checkpoint:
+Read = Callable[[SourceFile, int, int], bytes]
+"""Gives bytes [start, stop) of a file."""
+
+
+def find_checkpoint(source: Source, only: str | None = None, read: Read | None = None) -> Checkpoint:
     """Find the files to load.
 
     Args:
         source: the model.
         only: a file of it that the user named: a .safetensors file or an index.
+        read: reads the index; by default `read_bytes`.
 
     Raises:
         CheckpointError: there are none, or several and no way to choose, or the index is unusable.
         MissingTensor: shards that the index names are not there; `names` has their paths.
     """
+    read = read or read_bytes
     if only is not None:
-        return _from_index(source, only, source.paths()) if only.endswith(".json") else _alone(only)
+        return _from_index(source, only, source.paths(), read) if only.endswith(".json") else _alone(only)
     paths = source.paths()
     top = [path for path in paths if "/" not in path]
     indexes = [path for path in top if path.endswith(INDEX_SUFFIX)]
     if _PREFERRED_INDEX in indexes:
-        return _from_index(source, _PREFERRED_INDEX, paths)
+        return _from_index(source, _PREFERRED_INDEX, paths, read)
     if len(indexes) == 1:
-        return _from_index(source, indexes[0], paths)
+        return _from_index(source, indexes[0], paths, read)
     if indexes:
         raise CheckpointError(
             f"{source.name} has several checkpoints ({', '.join(indexes)}): name the one to load"
@@ -137,13 +143,13 @@ def _alone(path: str) -> Checkpoint:
     return Checkpoint((path,), None, None)
 
 
-def _from_index(source: Source, index: str, paths: Iterable[str]) -> Checkpoint:
+def _from_index(source: Source, index: str, paths: Iterable[str], read: Read) -> Checkpoint:
     where = f"{source.name}: {index}"
     file = source.open(index)
     try:
         if file.size > MAX_INDEX:
             raise CheckpointError(f"{where} is {file.size} bytes long, too long for an index")
-        weight_map = parse_index(read_bytes(file, 0, file.size), where)
+        weight_map = parse_index(read(file, 0, file.size), where)
     finally:
         file.close()
     # Index paths are relative to the index, which may only lie in the top folder.

@@ -23,7 +23,7 @@ from headrace.cache.errors import LoadError, MissingTensor, UsageError
 from headrace.cache.safetensors import Header, TensorInfo, read_header
 from headrace.loader.dtypes import strict_torch_form
 from headrace.loader.memory import as_bytes, map_file, populate
-from headrace.loader.readers.reader import read_into
+from headrace.loader.readers.fetch import read_into
 from headrace.loader.source import LocalFile
 
 _TORCH_NAMES = ("pt", "torch", "pytorch")
@@ -172,7 +172,9 @@ class safe_open:  # safetensors' own name
         else:
             raw = torch.frombuffer(self._mapping, dtype=torch.uint8, count=info.nbytes, offset=start)
             if raw.data_ptr() % dtype.itemsize:
-                raw = raw.clone()
+                # Read, not copied: touching the mapping of a file that became shorter would kill the process.
+                raw = torch.empty(info.nbytes, dtype=torch.uint8)
+                read_into(file, as_bytes(raw), start)
         return raw.view(dtype).view(shape)
 
 

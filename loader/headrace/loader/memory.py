@@ -15,10 +15,13 @@ from collections.abc import Iterator
 import torch
 
 from headrace.cache.errors import LoadError
+from headrace.loader.plan import PAGE
 
 _HUGE = 2 * 1024 * 1024
 _MADV_POPULATE_READ = 22  # Linux 5.14
 _SYS_CACHESTAT = 451  # Linux 6.5, the same number on every architecture
+_SAMPLES = 16
+_SAMPLE_DISTANCE = 2 * 1024 * 1024  # samples are not taken closer than this
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
@@ -27,13 +30,16 @@ _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 def anonymous(size: int, what: str) -> torch.Tensor:
     """Fresh private memory, advised to use huge pages, as a uint8 tensor of `size` bytes.
 
-    The memory is returned when the tensor and all its views are gone.
+    The memory is returned when the tensor and all its views are gone. It goes on to the end of its last page
+    (see `whole_pages`).
 
     Raises:
         LoadError: there is not enough memory; `what` says in the message what it was for.
     """
+    # The kernel aligns a mapping to huge pages only if its length is a multiple of them.
+    unit = _HUGE if size >= _HUGE else mmap.PAGESIZE
     try:
-        memory = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory = mmap.mmap(-1, max(-(-size // unit), 1) * unit, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, OverflowError) as error:
         raise LoadError(
             f"not enough memory for the {size} bytes of {what}: free some, or map the file"
@@ -100,7 +106,11 @@ class _Cachestat(ctypes.Structure):
 
 
 def resident(descriptor: int, start: int, stop: int) -> float | None:
-    """The part of [start, stop) of a file that the page cache holds, 0 to 1; None where nobody can tell."""
+    """The part of [start, stop) of a file that the page cache holds, 0 to 1; None where nobody can tell.
+
+    Exact where this process may write the file or owns it. To others the kernel refuses cachestat(2), and to
+    mincore(2) it answers that everything is there; for them a few samples must do.
+    """
     if stop <= start:
         return 1.0
     page = mmap.PAGESIZE
@@ -115,7 +125,30 @@ def resident(descriptor: int, start: int, stop: int) -> float | None:
     )
     if answer == 0:
         return min(1.0, float(found.cache) / pages)
-    return _resident_by_mincore(descriptor, start // page * page, pages)
+    if ctypes.get_errno() == errno.ENOSYS and _is_trusted(descriptor):
+        return _resident_by_mincore(descriptor, start // page * page, pages)
+    return _resident_by_samples(descriptor, start, stop)
+
+
+def _is_trusted(descriptor: int) -> bool:
+    return os.geteuid() in (0, os.fstat(descriptor).st_uid)
+
+
+def _resident_by_samples(descriptor: int, start: int, stop: int) -> float | None:
+    """Of some bytes, spread over the range, those that can be read without waiting. Each that cannot makes
+    the kernel read a page or a few of them: so few samples."""
+    count = min(_SAMPLES, -(-(stop - start) // _SAMPLE_DISTANCE))
+    byte = bytearray(1)
+    present = 0
+    for number in range(count):
+        try:
+            offset = start + (2 * number + 1) * (stop - start) // (2 * count)
+            present += os.preadv(descriptor, [byte], offset, os.RWF_NOWAIT)
+        except BlockingIOError:
+            continue
+        except OSError:  # not on this file system
+            return None
+    return present / count
 
 
 def _resident_by_mincore(descriptor: int, start: int, pages: int) -> float | None:
@@ -171,9 +204,19 @@ def _lines(path: str) -> Iterator[str]:
         return
 
 
+def whole_pages(image: torch.Tensor, begin: int, end: int) -> memoryview:
+    """Bytes [begin, end) of an image made by `anonymous`, with the rest of the first and the last page. It
+    keeps the image."""
+    first, last = begin // PAGE * PAGE, -(-end // PAGE) * PAGE
+    array = (ctypes.c_ubyte * (last - first)).from_address(image.data_ptr() + first)
+    array.owner = image  # type: ignore[attr-defined]
+    return memoryview(array).cast("B")
+
+
 def as_bytes(tensor: torch.Tensor) -> memoryview:
-    """The memory of a one-dimensional uint8 tensor on the host, writable; valid while the tensor lives."""
+    """The memory of a one-dimensional uint8 tensor on the host, writable. It keeps the tensor."""
     if not tensor.numel():
         return memoryview(bytearray())
     array = (ctypes.c_ubyte * tensor.numel()).from_address(tensor.data_ptr())
+    array.owner = tensor  # type: ignore[attr-defined]
     return memoryview(array).cast("B")

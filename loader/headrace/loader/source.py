@@ -108,6 +108,7 @@ class DirectorySource:
 
     Attributes:
         only: the file's name where a single file (or index) was given, else None.
+        folder: where the files lie.
     """
 
     def __init__(self, location: str | os.PathLike[str]) -> None:
@@ -118,6 +119,7 @@ class DirectorySource:
         self.snapshot: str | None = None
         self.only = None if given.is_dir() else given.name
         self._root = given if given.is_dir() else given.parent
+        self.folder: Path | None = self._root
 
     def paths(self) -> tuple[str, ...]:
         found: list[str] = []

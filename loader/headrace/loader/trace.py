@@ -55,6 +55,11 @@ class Trace:
             entry[1] += end - begin
             entry[2] += count
 
+    def events(self) -> int:
+        """How often anything was recorded: it changes as work is done."""
+        with self._lock:
+            return sum(int(count) for _, _, count in self._spans.values())
+
     def spans(self) -> tuple[Span, ...]:
         """What was recorded so far, by first start."""
         with self._lock:

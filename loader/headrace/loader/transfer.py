@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from headrace.cache.errors import LoadError
@@ -25,6 +25,12 @@ POLL = 0.02
 """Seconds between two looks for blocks that became ready."""
 
 _SCAN = 256  # blocks that one look asks about, at the front and from a cursor that wanders through the rest
+
+
+def default_threads() -> int:
+    """How many threads read: one per core, 4 to 8. Waiting for a disk takes no core, and two requests at a time
+    do not keep every disk busy."""
+    return max(4, min(8, len(os.sched_getaffinity(0))))
 
 
 @dataclass(slots=True, eq=False)
@@ -43,11 +49,11 @@ class Job:
     @classmethod
     def of(cls, file: SourceFile, reader: FileReader, *, per_tensor: bool) -> Job:
         """Plan the blocks; `per_tensor` keeps track of when each tensor is complete."""
-        blocks = list(reader.plan.blocks(reader.granularity))
+        blocks = reader.blocks()
         left = [0] * len(reader.plan.placed)
         tensors_of: dict[Block, list[int]] = {}
         if per_tensor:
-            for number, block in _overlaps(reader, blocks):
+            for number, block in reader.plan.brought_by(blocks):
                 tensors_of.setdefault(block, []).append(number)
                 left[number] += 1
         before = _identity(file) if file.complete else None
@@ -89,6 +95,10 @@ class Transfer:
 
     def __init__(self, trace: Trace, *, per_tensor: bool = False, max_ahead: int | None = None) -> None:
         self.trace = trace
+        self.order: Callable[[list[Block], int], list[Block]] | None = None
+        """The order in which the blocks of a file of so many bytes are read, where it is not the file's."""
+        self.on_stop: Callable[[], None] = lambda: None
+        """Called whenever this is stopped: for whoever a reading thread may wait for."""
         self._per_tensor = per_tensor
         self._max_ahead = max_ahead
         self._state = _State()
@@ -115,6 +125,8 @@ class Transfer:
     def add(self, file: SourceFile, reader: FileReader) -> None:
         """Let the threads read another file."""
         job = Job.of(file, reader, per_tensor=self._per_tensor)
+        if self.order is not None:
+            job.pending = self.order(job.pending, file.size)
         with self._change:
             if job.pending:
                 self._state.jobs.append(job)
@@ -135,6 +147,7 @@ class Transfer:
         with self._change:
             self._state.stopped = True
             self._change.notify_all()
+        self.on_stop()
 
     # -- the threads that read ------------------------------------------------------------------------
 
@@ -150,7 +163,7 @@ class Transfer:
             while (found := self._next()) is not None:
                 job, block = found
                 begin = time.perf_counter()
-                job.reader.fill(block)
+                job.reader.read(block)
                 self.trace.add(job.reader.span, begin, time.perf_counter())
                 self._filled(job, block)
             good = True
@@ -253,22 +266,6 @@ class Transfer:
                 state.ahead -= ready.job.reader.plan.placed[ready.number].info.nbytes
                 self._change.notify_all()
             yield ready
-
-
-def _overlaps(reader: FileReader, blocks: list[Block]) -> Iterator[tuple[int, Block]]:
-    """(tensor number, block) for each block that brings bytes of the tensor. Both are in file order."""
-    first = 0
-    data_start = reader.plan.header.data_start
-    for number, placed in enumerate(reader.plan.placed):
-        start, stop = data_start + placed.info.start, data_start + placed.info.stop
-        if start == stop:
-            continue
-        while blocks[first].stop <= start:
-            first += 1
-        index = first
-        while index < len(blocks) and blocks[index].start < stop:
-            yield number, blocks[index]
-            index += 1
 
 
 def _identity(file: SourceFile) -> tuple[int, int]:

@@ -12,35 +12,84 @@ kills the process (SIGBUS). The buffered read path is proof against that.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
+import os
+import time
 from typing import ClassVar
 
 import torch
 
-from headrace.loader.memory import map_file, populate
+from headrace.loader.memory import as_bytes, map_file, populate, resident
+from headrace.loader.pace import Pace
 from headrace.loader.plan import Block, FilePlan, Placed
+from headrace.loader.readers.fetch import read_into
 from headrace.loader.readers.reader import FileReader
 from headrace.loader.source import SourceFile
+from headrace.loader.verify import FileCheck
+from headrace.loader.views import shaped
+
+_PIECE = 256 * 1024  # stays in the CPU's cache between reading and hashing
 
 
 class MappedReader(FileReader):
     """Views of the mapped file; one image, in which everything lies as in the file."""
 
-    name: ClassVar[str] = "mapped"
     span: ClassVar[str] = "populate"
     granularity: ClassVar[int] = mmap.PAGESIZE
 
-    def __init__(self, file: SourceFile, plan: FilePlan) -> None:
+    def __init__(self, file: SourceFile, plan: FilePlan, *, absent: Pace | None = None) -> None:
+        """
+        Args:
+            absent: given where some of it is not in the page cache, and has to be read: is told how fast.
+        """
         super().__init__(file, plan)
+        self._absent = absent
         mapping = map_file(file.fileno(), file.size, file.path)
         self._mapping: torch.Tensor | None = torch.frombuffer(mapping, dtype=torch.uint8)
 
+    @property
+    def name(self) -> str:
+        return "mapped"
+
     def fill(self, block: Block) -> None:
+        began = time.perf_counter()
+        fetched = self._absent is not None and self._ask_for(block)
         populate(self._image(0), block.start, block.stop, self.file.path)
+        if fetched and self._absent is not None:
+            self._absent.record("mapped", block.stop - block.start, time.perf_counter() - began)
+        if self.check is not None:
+            self._show(self.check, block)
+
+    def _ask_for(self, block: Block) -> bool:
+        """Have the kernel read what is not there: a page fault would bring in a page or a few, but what is asked
+        for in advance comes in large pieces. Whether that is all of the block."""
+        part = resident(self.file.fileno(), block.start, block.stop)
+        if part == 1.0:
+            return False
+        with contextlib.suppress(OSError):  # advice; where it is not taken, populating does it alone
+            os.posix_fadvise(
+                self.file.fileno(), block.start, block.stop - block.start, os.POSIX_FADV_WILLNEED
+            )
+        return part == 0.0
+
+    def _show(self, check: FileCheck, block: Block) -> None:
+        # Read from the same pages: touching them would kill the process if the file became shorter just now.
+        piece = memoryview(bytearray(min(_PIECE, block.stop - block.start)))
+        for start in range(block.start, block.stop, len(piece)):
+            part = piece[: min(len(piece), block.stop - start)]
+            read_into(self.file, part, start)
+            check.arrived(start, part)
 
     def _image(self, number: int) -> torch.Tensor:
         assert self._mapping is not None  # nothing is filled or taken after close
         return self._mapping
+
+    def _copied(self, image: int, placed: Placed) -> torch.Tensor:
+        # Read, not copied out of the mapping, for the same reason.
+        raw = torch.empty(placed.info.nbytes, dtype=torch.uint8)
+        read_into(self.file, as_bytes(raw), self._offset_of(placed))
+        return shaped(raw, placed.info)
 
     def _release(self, number: int) -> None:
         self._mapping = None

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
 
-from headrace.cache.errors import LoadError
 from headrace.cache.safetensors import collector_paused
 from headrace.loader.plan import Block, FilePlan, Placed
 from headrace.loader.source import SourceFile
+from headrace.loader.verify import FileCheck, Run
 from headrace.loader.views import copied, empty, make_views
 
 
@@ -24,32 +24,84 @@ class FileReader(ABC):
     caller, who closes it after `close`.
     """
 
-    name: ClassVar[str]
-    """What users call this read path."""
     span: ClassVar[str]
     """Under what `fill` is counted in the trace."""
+    shows: ClassVar[bool] = True
+    """Whether `fill` takes any part of a block, and shows a check what it brought in."""
     granularity: ClassVar[int] = 1
     """Blocks must be rounded outward to multiples of this."""
 
     def __init__(self, file: SourceFile, plan: FilePlan) -> None:
         self.file = file
         self.plan = plan
+        self.check: FileCheck | None = None
+        """Set before the first `fill` where the file is verified: `fill` then shows it what it brought in."""
         self._views_lock = threading.Lock()
         self._views: dict[int, list[torch.Tensor | None]] = {}
-        self._members: dict[int, list[int]] = {}
-        self._position: list[int] = []  # of each tensor among its image's members
-        for number, placed in enumerate(plan.placed):
-            if placed.info.start == placed.info.stop:
-                self._position.append(-1)
-                continue
-            members = self._members.setdefault(self._image_of(placed), [])
-            self._position.append(len(members))
-            members.append(number)
+        self._arrange(plan)
+
+    def adopt(self, plan: FilePlan) -> None:
+        """Take a plan that reads the same bytes to the same places, now that the tensors are known: reading may
+        begin before. Not on a device, where places depend on the tensors."""
+        assert (plan.segments, plan.images) == (self.plan.segments, self.plan.images)
+        self.plan = plan
+        self._arrange(plan)
+
+    def _arrange(self, plan: FilePlan) -> None:
+        self._members: Mapping[int, Sequence[int]]
+        self._position: Sequence[int]  # of each tensor among its image's members; -1: it has no bytes
+        if len(plan.images) == 1 and not any(placed.info[3] == placed.info[4] for placed in plan.placed):
+            self._position = range(len(plan.placed))
+            self._members = {0: self._position}
+        else:
+            self._position, self._members = self._by_image()
         self._untaken = {image: len(members) for image, members in self._members.items()}
+
+    def _by_image(self) -> tuple[list[int], Mapping[int, Sequence[int]]]:
+        positions: list[int] = []
+        by_image: dict[int, list[int]] = {}
+        for number, placed in enumerate(self.plan.placed):
+            if placed.info.start == placed.info.stop:
+                positions.append(-1)
+                continue
+            members = by_image.setdefault(self._image_of(placed), [])
+            positions.append(len(members))
+            members.append(number)
+        return positions, by_image
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """What users call the read path that was taken."""
+
+    def outcome(self) -> str:
+        """What was done, to be added to the sentence that says why; "" where that says it all."""
+        return ""
+
+    def blocks(self) -> list[Block]:
+        """All reads, in file order."""
+        if self.check is not None and self.shows:
+            return [*self.check.runs(self.plan, self.granularity)]
+        return list(self.plan.blocks(self.granularity))
+
+    def read(self, block: Block) -> None:
+        """Fill one of `blocks`, and verify it where the file is to be verified.
+
+        Raises:
+            LoadError: its bytes cannot be read.
+            IntegrityError: they do not have their digest.
+        """
+        if self.check is None:
+            self.fill(block)
+        elif isinstance(block, Run):
+            self.check.fill(self, block)
+        else:
+            self.check.read_ahead(block)
+            self.fill(block)
 
     @abstractmethod
     def fill(self, block: Block) -> None:
-        """Bring a block's bytes in.
+        """Bring a block's bytes in; then call `check.arrived` with all of them, if there is a check, and `shows`.
 
         Raises:
             LoadError: they cannot be read.
@@ -84,7 +136,7 @@ class FileReader(ABC):
         with self._views_lock:
             view = self._views_of(image)[self._position[number]]
             if view is None:
-                view = copied(self._image(image), (placed.info, self._offset_of(placed)))
+                view = self._copied(image, placed)
             self._untaken[image] -= 1
             if not self._untaken[image]:
                 del self._views[image]
@@ -100,7 +152,7 @@ class FileReader(ABC):
                 for number, view in zip(members, self._views_of(image), strict=True):
                     one = placed[number]
                     if view is None:
-                        view = copied(self._image(image), (one.info, self._offset_of(one)))
+                        view = self._copied(image, one)
                     result[one.info.name] = view
                 del self._views[image]
                 self._release(image)
@@ -125,27 +177,9 @@ class FileReader(ABC):
             views = self._views[image] = make_views(self._image(image), items)
         return views
 
+    def _copied(self, image: int, placed: Placed) -> torch.Tensor:
+        """A tensor of its own, where no view can be made."""
+        return copied(self._image(image), (placed.info, self._offset_of(placed)))
+
     def _empty(self, placed: Placed) -> torch.Tensor:
         return empty(placed.info)
-
-
-def read_into(file: SourceFile, memory: memoryview, start: int) -> None:
-    """Read `len(memory)` bytes from offset `start` of a file.
-
-    Raises:
-        LoadError: the file is shorter than it said, or cannot be read.
-    """
-    done = 0
-    while done < len(memory):
-        try:
-            count = os.preadv(file.fileno(), [memory[done:]], start + done)
-        except OSError as error:
-            raise LoadError(
-                f"{file.path} cannot be read at byte {start + done}: {error.strerror or error}"
-            ) from error
-        if not count:
-            raise LoadError(
-                f"{file.path} became shorter than its {file.size} bytes while it was loaded: "
-                "stage or download it again"
-            )
-        done += count

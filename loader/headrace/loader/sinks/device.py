@@ -16,8 +16,9 @@ from typing import ClassVar, Protocol
 import torch
 
 from headrace.loader.memory import as_bytes
-from headrace.loader.plan import BLOCK, Block, FilePlan, Placed
-from headrace.loader.readers.reader import FileReader, read_into
+from headrace.loader.plan import BLOCK, PAGE, Block, FilePlan, Placed
+from headrace.loader.readers.fetch import Fetch
+from headrace.loader.readers.reader import FileReader
 from headrace.loader.source import SourceFile
 
 ALIGNMENT = 256
@@ -89,7 +90,7 @@ class Ring:
         """A buffer that nothing is copied from any more."""
         with self._lock:
             if self._free.empty() and len(self._made) < self.limit:
-                self._made.append(_Buffer(self.device.staging(BLOCK)))
+                self._made.append(_Buffer(_page_aligned(self.device.staging(BLOCK + 3 * PAGE))))
                 return self._made[-1]
         buffer = self._free.get()
         if buffer.event is not None:
@@ -109,13 +110,17 @@ class Ring:
             self._made.clear()
 
 
-class DeviceReader(FileReader):
-    """Reads the file through the page cache into the ring, and copies to the device."""
+def _page_aligned(memory: torch.Tensor) -> torch.Tensor:
+    """The part of a buffer from its first page on."""
+    return memory[-memory.data_ptr() % PAGE :]
 
-    name: ClassVar[str] = "buffered"
+
+class DeviceReader(FileReader):
+    """Reads the file into the ring, by `fetch`, and copies to the device."""
+
     span: ClassVar[str] = "read"
 
-    def __init__(self, file: SourceFile, plan: FilePlan, device: Device, ring: Ring) -> None:
+    def __init__(self, file: SourceFile, plan: FilePlan, fetch: Fetch, device: Device, ring: Ring) -> None:
         # Where each tensor lies in its slab: packed anew, because alignment in the file says nothing here.
         self._places: dict[int, int] = {}
         self._sizes = [0] * len(plan.images)
@@ -124,6 +129,7 @@ class DeviceReader(FileReader):
                 self._places[placed.info.start] = self._sizes[placed.image]
                 self._sizes[placed.image] += -(-placed.info.nbytes // ALIGNMENT) * ALIGNMENT
         super().__init__(file, plan)
+        self._fetch = fetch
         self._device = device
         self._ring = ring
         self._slabs: dict[int, torch.Tensor] = {}
@@ -132,15 +138,26 @@ class DeviceReader(FileReader):
         self._starts = [plan.header.data_start + placed.info.start for placed in filled]
         self._filled = filled
 
+    @property
+    def name(self) -> str:
+        return self._fetch.name
+
+    def outcome(self) -> str:
+        return self._fetch.outcome()
+
     def fill(self, block: Block) -> None:
         buffer = self._ring.acquire()
         event: Event | None = None
         try:
-            memory = buffer.memory[: block.stop - block.start]
-            read_into(self.file, as_bytes(memory), block.start)
+            first = block.start % PAGE
+            pages = -(-(first + block.stop - block.start) // PAGE) * PAGE
+            self._fetch.bring(as_bytes(buffer.memory[:pages]), block.start, block.stop)
+            memory = buffer.memory[first : first + block.stop - block.start]
             for slab, offset, first, last in self._pieces(block):
                 self._device.copy_in(self._image(slab), offset, memory[first:last])
             event = self._device.record()
+            if self.check is not None:  # while the copies run
+                self.check.arrived(block.start, as_bytes(memory))
         finally:
             self._ring.release(buffer, event)
 
@@ -192,3 +209,4 @@ class DeviceReader(FileReader):
     def close(self) -> None:
         self._device.synchronize()  # nothing may be freed that is still being copied to
         super().close()
+        self._fetch.close()

@@ -1,0 +1,48 @@
+"""SGLang: `--load-format headrace`. SGLang calls `register` in each of its processes (`sglang.srt.plugins`).
+
+SGLang has no registry of load formats; a `LoadConfig` whose format is a class is loaded by that class. So the
+one hook here puts our class in place of the name.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+LOAD_FORMAT = "headrace"
+TARGET = "sglang.srt.configs.load_config.LoadConfig._verify_load_format"
+
+_registered = False
+
+
+def register() -> None:
+    """Make the load format known to SGLang; more than once does nothing more."""
+    global _registered
+    if _registered:
+        return
+    try:
+        from sglang.srt.arg_groups.choices import add_load_format_choices
+        from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+        HookRegistry.register(TARGET, verify_load_format, HookType.AROUND)
+        add_load_format_choices([LOAD_FORMAT])
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        logging.getLogger("sglang.headrace").warning(
+            "the load format headrace is not available, because this SGLang does not fit the plug-in: %s: %s",
+            type(error).__name__,
+            error,
+        )
+        return
+    _registered = True
+
+
+def verify_load_format(original: Callable[[Any], None], config: Any) -> None:
+    """Around `LoadConfig._verify_load_format`: the name becomes the class; any other format is SGLang's own."""
+    name = config.load_format
+    if isinstance(name, str) and name.lower() == LOAD_FORMAT:
+        from headrace.loader.engines.sglang_loader import HeadraceModelLoader
+
+        config.load_format = HeadraceModelLoader
+        return
+    original(config)

@@ -1,0 +1,63 @@
+"""Private memory made of huge pages, into which a `Fetch` brings the bytes.
+
+Large reads into huge pages need no conversion and, once loaded, nothing from the file: it may change or
+vanish. The tensors are views of the images.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import ClassVar
+
+import torch
+
+from headrace.loader.memory import anonymous, whole_pages
+from headrace.loader.plan import PAGE, Block, FilePlan
+from headrace.loader.readers.fetch import Fetch
+from headrace.loader.readers.reader import FileReader
+from headrace.loader.source import SourceFile
+
+
+class PrivateReader(FileReader):
+    """Views of private memory, allocated image by image when its first block is filled."""
+
+    span: ClassVar[str] = "read"
+
+    def __init__(self, file: SourceFile, plan: FilePlan, fetch: Fetch) -> None:
+        super().__init__(file, plan)
+        self._fetch = fetch
+        self._images: dict[int, torch.Tensor] = {}
+        self._images_lock = threading.Lock()
+
+    @property
+    def name(self) -> str:
+        return self._fetch.name
+
+    def outcome(self) -> str:
+        return self._fetch.outcome()
+
+    def fill(self, block: Block) -> None:
+        # Segments begin on pages of their own and blocks end on pages, so the pages are this block's alone.
+        segment = self.plan.segments[block.segment]
+        image = self._image(segment.image)
+        begin = segment.offset + block.start - segment.start
+        pages = whole_pages(image, begin, begin + block.stop - block.start)
+        self._fetch.bring(pages, block.start, block.stop)
+        if self.check is not None:
+            first = block.start % PAGE
+            self.check.arrived(block.start, pages[first : first + block.stop - block.start])
+
+    def _image(self, number: int) -> torch.Tensor:
+        with self._images_lock:
+            image = self._images.get(number)
+            if image is None:
+                image = self._images[number] = anonymous(self.plan.images[number], self.file.path)
+            return image
+
+    def _release(self, number: int) -> None:
+        with self._images_lock:
+            self._images.pop(number, None)
+
+    def close(self) -> None:
+        super().close()
+        self._fetch.close()
