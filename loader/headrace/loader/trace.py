@@ -14,7 +14,7 @@ class Span:
     """Time spent under one name.
 
     Attributes:
-        name: resolve, header, plan, place, read, populate, wait or total.
+        name: resolve, open, header, plan, agree, place, read, populate, wait, together and the like.
         start: seconds from the beginning of the load to the first time.
         seconds: summed over all times and threads, so two busy threads count twice.
         count: how many times.
