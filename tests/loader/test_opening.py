@@ -12,6 +12,7 @@ import torch
 from support.safetensors_files import entry, file_bytes, raw_file, write_sharded
 
 from headrace.cache.errors import CheckpointError
+from headrace.cache.safetensors import parse_header
 from headrace.loader import load, opening
 from headrace.loader.choose import ReadPath
 from headrace.loader.memory import as_bytes
@@ -32,7 +33,7 @@ def test_a_file_is_being_read_while_its_header_is_parsed(
     entries = [entry("a", "F32", (300_001,)), entry("e", "F32", (0,)), entry("b", "U8", (77,))]
     (tmp_path / "m.safetensors").write_bytes(file_bytes(entries, shift=3))
     arrived = threading.Event()
-    read, parse = FileReader.read, opening.parse_header
+    read, parse = FileReader.read, parse_header
 
     def reading(self: FileReader, block: Block) -> None:
         read(self, block)
