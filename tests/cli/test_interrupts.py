@@ -82,20 +82,18 @@ except KeyboardInterrupt:
     print("first", flush=True)
     threading.Event().wait()
 """
-# Native code that goes on waiting, as most does: Python's own handlers do not run.
+# Native code that waits for a lock that it has: signals do not end that, and no handler of Python runs.
 IN_NATIVE_CODE = """
-import ctypes, threading
+import ctypes
 from headrace.cli import interrupts
 interrupts.install()
-other = threading.Thread(target=threading.Event().wait, daemon=True)
-other.start()
-join, thread = ctypes.CDLL(None).pthread_join, ctypes.c_void_p(other.ident)
-while True:
-    try:
-        print("ready", flush=True)
-        join(thread, None)
-    except KeyboardInterrupt:  # it came before the wait
-        pass
+lock, mutex = ctypes.CDLL(None).pthread_mutex_lock, ctypes.create_string_buffer(64)
+lock(mutex)
+try:
+    print("ready", flush=True)
+    lock(mutex)
+except KeyboardInterrupt:  # it came before the wait
+    lock(mutex)
 """
 
 
@@ -121,6 +119,24 @@ def test_a_second_signal_ends_a_process_in_native_code(second: signal.Signals) -
         wait_until(lambda: not pending(process.pid, signal.SIGINT))
         assert process.poll() is None
         process.send_signal(second)
+        assert process.wait(60) == 130
+
+
+def test_an_interrupt_while_modules_are_imported_has_its_exit_code(tmp_path: Path) -> None:
+    """Many modules make classes with `exec`. With -m, as everything here is run."""
+    (tmp_path / "importing.py").write_text(
+        "import sys, threading\n"
+        "from headrace.cli import interrupts\n"
+        "interrupts.install()\n"
+        "try: exec('print(\"ready\", flush=True); threading.Event().wait()')\n"
+        "except KeyboardInterrupt: sys.exit(130)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-m", "importing"], stdout=subprocess.PIPE, text=True, cwd=tmp_path
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
         assert process.wait(60) == 130
 
 

@@ -19,8 +19,16 @@ _ASK = (signal.SIGINT, signal.SIGTERM)
 _NUDGE_FIRST, _NUDGE_MOST = 0.01, 1.0
 
 
+class Asked(KeyboardInterrupt):
+    """What the first signal raises.
+
+    A plain KeyboardInterrupt that leaves an `exec`, as it may while modules are imported, makes `python -m`
+    end itself by SIGINT, whatever exit code was asked for meanwhile.
+    """
+
+
 class _Stop:
-    """Raises KeyboardInterrupt in the main thread the first time, ends the process the second."""
+    """Raises `Asked` in the main thread the first time, ends the process the second."""
 
     def __init__(self) -> None:
         self._noticed = False
@@ -39,7 +47,7 @@ class _Stop:
     def _notice(self, number: int, frame: FrameType | None) -> None:
         if not self._noticed:
             self._noticed = True
-            raise KeyboardInterrupt
+            raise Asked
 
     def _watch(self) -> None:
         asked, pause = 0, _NUDGE_FIRST

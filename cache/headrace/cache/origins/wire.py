@@ -50,7 +50,7 @@ class Target:
         headers: sent with each request.
     """
 
-    url: str
+    url: str = field(repr=False)
     uri: str
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
 
