@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import errno
 from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
@@ -229,6 +231,26 @@ def test_refusals_are_not_tried_again(server: FaultyServer, scheme: str) -> None
     server.faults = [Fault("status", status=403)]
     with pytest.raises(AccessDenied):
         ask(server, scheme, whole)
+    assert len(server.requests(PATH)) == 1
+
+
+def test_what_the_taker_of_the_bytes_raises_is_not_the_origins_failure(
+    server: FaultyServer, scheme: str
+) -> None:
+    error = OSError(errno.EIO, "the disk fails")
+
+    async def body(origin: RetryingOrigin) -> None:
+        file = await pinned(origin)
+
+        def put(_: object) -> None:
+            raise error
+
+        with ThreadPoolExecutor(1) as pool:
+            await origin.read_to(file, 0, 1000, put, pool)
+
+    with pytest.raises(OSError) as caught:
+        ask(server, scheme, body)
+    assert caught.value is error
     assert len(server.requests(PATH)) == 1
 
 

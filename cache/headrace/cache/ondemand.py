@@ -15,8 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 from headrace.cache import config
-from headrace.cache.errors import HeadraceError, NotFound
+from headrace.cache.errors import NotFound, StoreError
 from headrace.cache.manifest import Manifest, ManifestFile
+from headrace.cache.object import read_exactly
 from headrace.cache.origins import open_origin
 from headrace.cache.origins.options import OriginOptions
 from headrace.cache.prepare import StageRequest, prepare
@@ -116,9 +117,7 @@ class OnDemand:
         self._begin()
         try:
             job = self._staging()
-            while not job.prepared.wait(0.2):
-                pass
-            job.check()
+            job.wait_prepared()
             return self._open(path, job, self._end)
         except BaseException:
             self._end()
@@ -203,16 +202,10 @@ class ReadInParts:
         if stop <= start:
             return b""
         self._file.wait(start, stop)
-        result = bytearray(stop - start)
-        view, done = memoryview(result), 0
-        while done < len(result):
-            count = os.preadv(self._file.fileno(), [view[done:]], start + done)
-            if not count:
-                raise HeadraceError(
-                    f"{self._file.path!r} became shorter in the store: run `headrace verify`."
-                )
-            done += count
-        return bytes(result)
+        data = read_exactly(self._file.fileno(), start, stop)
+        if data is None:
+            raise StoreError(f"{self._file.path!r} became shorter in the store: run `headrace verify`.")
+        return data
 
     def close(self) -> None:
         if self._closed is not None:

@@ -42,8 +42,8 @@ if TYPE_CHECKING:
 _POLL_FIRST, _POLL_MOST = 0.002, 0.1
 _SAMPLE = 0.5
 _TICK = 0.01
-# Hashing and writing: more threads than cores only take the interpreter's lock from each other
-# (measured from nginx, 2 cores: 1.07 GB/s with 2 threads, 0.85 with 8).
+# Hashing and writing what the event loop received: more threads than cores only take the interpreter's
+# lock from each other (measured from nginx, 2 cores: 1.07 GB/s with 2 threads, 0.85 with 8).
 _THREADS = max(2, min(8, len(os.sched_getaffinity(0))))
 _SYNCS = 2
 _SYNC_AFTER = 30.0
@@ -59,7 +59,7 @@ class StagerLimits:
 
     Attributes:
         span: bytes that are claimed and read at once: adjacent chunks together, up to this.
-        connections: never more than this many reads at once; each holds one piece of its origin (8 MiB) in memory.
+        connections: never more than this many reads at once; each holds a piece of its origin, at most 8 MiB.
         reserve: bytes of the file system that stay free.
     """
 
@@ -493,7 +493,7 @@ class _ChunkSink:
         view = memoryview(piece).cast("B")
         while view:
             end = self._grid.offsets[self._index + 1]
-            # Whole, not in blocks: large writes make large folios, which a later mmap is glad of.
+            # As large as it came: large writes make large folios, which a later mmap is glad of.
             part = view[: end - self._offset]
             self._state.update(part)
             self._writer.write(part, self._offset)

@@ -112,6 +112,18 @@ class StagingJob:
             raise Interrupted("staging was interrupted; what arrived is kept, and the next run resumes.")
         return self._report
 
+    def wait_prepared(self) -> tuple[Domain, Snapshot]:
+        """The domain and snapshot, when it can be opened for reading.
+
+        Raises:
+            HeadraceError: what staging ended with before that.
+        """
+        while not self.prepared.wait(0.2):
+            pass
+        self.check()
+        assert self.opened is not None  # it is prepared, and has not failed
+        return self.opened
+
     @property
     def ended(self) -> bool:
         """Whether nothing runs any more, however it ended."""
@@ -196,14 +208,11 @@ def open_for_loading(
             return StoredSnapshot(found, snapshot, name=reference)
     job = StagingJob(StageRequest(reference, root, domain), progress).start()
     try:
-        while not job.prepared.wait(0.2):
-            pass
+        opened = job.wait_prepared()
     except KeyboardInterrupt:
         job.cancel()
         raise Interrupted("interrupted; what arrived is kept, and the next run resumes.") from None
-    job.check()
-    assert job.opened is not None
-    return StoredSnapshot(*job.opened, name=reference, check=job.check, job=job)
+    return StoredSnapshot(*opened, name=reference, check=job.check, job=job)
 
 
 async def _stage(job: StagingJob) -> StageReport:

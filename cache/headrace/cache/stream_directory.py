@@ -139,11 +139,7 @@ def write_stream_directory(job: StagingJob, destination: str | os.PathLike[str])
     """
     job.start()
     try:
-        while not job.prepared.wait(0.2):
-            pass
-        job.check()
-        assert job.opened is not None  # it was prepared, and has not failed
-        domain, snapshot = job.opened
+        domain, snapshot = job.wait_prepared()
         source = StoredSnapshot(domain, snapshot, name=job.request.reference, check=job.check, job=job)
         with contextlib.closing(source):
             root = str(domain.path.parent.parent)

@@ -11,7 +11,7 @@ import atexit
 import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -49,6 +49,8 @@ PARTS = 9_000
 UPLOADS = 8  # parts under way at once
 RENEWAL = 5.0  # seconds within which a second refusal is taken at its word
 SIGNED = 3600.0  # seconds that a signed URL is good for; used for half of that
+
+_NEVER = datetime.fromtimestamp(0, UTC)
 
 T = TypeVar("T")
 
@@ -93,8 +95,8 @@ class ObstoreOrigin:
         self._single: bool | None = None
         """Whether the reference names one object; None until that is known."""
         self._wire = wire.Wire(options)
-        self._targets: dict[str, tuple[wire.Target | None, float]] = {}
-        """Where the wire reads each file, and until when that is good."""
+        self._targets: dict[tuple[str, Pin], tuple[wire.Target | None, float]] = {}
+        """Where the wire reads each version of a file, and until when that is good."""
 
     @property
     def uri(self) -> str:
@@ -188,71 +190,81 @@ class ObstoreOrigin:
         self, file: OriginFile, start: int, stop: int, put: Callable[[memoryview], None]
     ) -> bool:
         """See `protocol.DirectReads`: one request, by the wire, where that can do it."""
-        key = await self._key(file.path)
-        position = start
+        key, position = await self._key(file.path), start
 
         def forward(piece: memoryview) -> None:
             nonlocal position
             put(piece)
             position += len(piece)
 
-        async def get(_: stores.Store) -> bool:
-            target = await self._target(file, key)
-            if target is None:
-                return False
-            await self._wire.get(target, position, stop, lambda headers: self._accept(file, headers), forward)
-            return True
+        # Not `_ask`: what `put` raises is not the origin's and stays as it is. The wire's own errors are ours already.
+        async def attempt(store: stores.Store) -> bool:
+            target = await self._once(lambda store: self._target(store, file, key), store, self._at(key))
+            if target is not None:
+                await self._wire.get(
+                    target, position, stop, lambda headers: self._accept(file, headers), forward
+                )
+            return target is not None
 
+        store = self._store
         try:
-            return await self._ask(get, self._at(key))
+            try:
+                return await attempt(store)
+            except AccessDenied:
+                if not self._renew(store):
+                    raise
+            return await attempt(self._store)
         except wire.Declined:
             return False  # the usual client asks again, and finds the words
         except (NotFound, translate.WrongRange) as error:
             raise await self._explained(error, key, file) from None
 
-    async def _target(self, file: OriginFile, key: str) -> wire.Target | None:
+    async def _target(self, store: stores.Store, file: OriginFile, key: str) -> wire.Target | None:
         """Where the wire can read the file: plain HTTP without a proxy, and a URL that needs no more headers.
 
         A signed URL cannot ask for a version or let the requester pay.
         """
-        target, until = self._targets.get(key, (None, 0.0))
+        target, until = self._targets.get((key, file.pin), (None, 0.0))
         if time.monotonic() < until:
             return target
         target = None
         if not self._options.proxy and file.pin.kind in ("etag", "mtime"):
-            url = await self._url(key)
+            url = await self._url(store, key)
             if url is not None and url.startswith("http://"):
                 headers = dict(self._options.headers)
                 if file.pin.kind == "etag" and not file.pin.value.startswith("W/"):
                     headers["If-Match"] = f'"{file.pin.value}"'
                 target = wire.Target(url, self._at(key), headers)
-        self._targets[key] = target, time.monotonic() + SIGNED / 2
+        self._targets[key, file.pin] = target, time.monotonic() + SIGNED / 2
         return target
 
-    async def _url(self, key: str) -> str | None:
+    async def _url(self, store: stores.Store, key: str) -> str | None:
         """A URL that reads the object without further credentials, if there may be one."""
-
-        async def sign(store: stores.Store) -> str | None:
-            if not isinstance(store, S3Store):
-                return None
-            return await obstore.sign_async(store, "GET", key, timedelta(seconds=SIGNED))
-
         plain = (self._options.endpoint or "").startswith("http://")
-        if not plain or self._options.anonymous or self._options.requester_pays:
+        if (
+            not plain
+            or not isinstance(store, S3Store)
+            or self._options.anonymous
+            or self._options.requester_pays
+        ):
             return None
-        return await self._ask(sign, self._at(key))
+        return await obstore.sign_async(store, "GET", key, timedelta(seconds=SIGNED))
 
     def _accept(self, file: OriginFile, headers: HTTPMessage) -> None:
         """Compare an answer with the pin, as `_compare` does; in doubt the usual client shall say."""
+        modified = headers["Last-Modified"]
         try:
-            size = int(headers["Content-Range"].rpartition("/")[2])
-            if file.pin.kind == "etag":
-                pin = headers["ETag"].strip().strip('"')
-            else:
-                pin = f"{parsedate_to_datetime(headers['Last-Modified']).timestamp():.0f}-{size}"
-        except (KeyError, TypeError, ValueError, AttributeError):
+            meta: ObjectMeta = {
+                "path": file.path,
+                "size": int(headers["Content-Range"].rpartition("/")[2]),
+                "e_tag": headers["ETag"],
+                "version": None,
+                "last_modified": parsedate_to_datetime(modified) if modified else _NEVER,
+            }
+        except (TypeError, ValueError):
             raise wire.Declined from None
-        if (size, pin) != (file.size, file.pin.value):
+        seen = self._file(file.path, meta, file.pin.kind)
+        if (seen.size, seen.pin) != (file.size, file.pin):
             raise wire.Declined
 
     async def _piece(self, file: OriginFile, key: str, options: GetOptions) -> Buffer:

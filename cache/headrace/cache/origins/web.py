@@ -53,7 +53,7 @@ class WebOrigin(ObstoreOrigin):
             raise NotFound(f"there is nothing at {self.uri}, or the server does not list it: check the URL.")
         return Listing(self.uri, files)
 
-    async def _url(self, key: str) -> str | None:
+    async def _url(self, store: stores.Store, key: str) -> str | None:
         return f"{self._reference.scheme}://{self._reference.container}/{quote(key)}"
 
     async def put(self, path: str, source: str) -> None:
