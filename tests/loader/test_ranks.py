@@ -131,9 +131,7 @@ def test_ranks_that_load_a_warm_model_read_nothing(team: Team, model: Path, dige
 
 
 @pytest.mark.parametrize("dim", [0, 1])
-def test_slices_of_all_ranks_are_read_once_together(
-    dim: int, team: Team, model: Path, digest: str, store: Path
-) -> None:
+def test_slices_of_all_ranks_are_read_once_together(dim: int, team: Team, model: Path, store: Path) -> None:
     ended = load_cold(team, store, model, 4, slice_dim=dim)
     assert said(ended, "right") == [True] * 4
     assert sum(said(ended, "disk")) <= 1.02 * size_of(model)

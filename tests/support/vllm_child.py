@@ -42,17 +42,17 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     try:
         engine = LLM(
             model=job["model"],
-            load_format=job.get("load_format", "headrace"),
+            load_format=job["load_format"],
             model_loader_extra_config=job.get("extra", {}),
             tensor_parallel_size=job.get("tensor_parallel_size", 1),
-            dtype=job.get("dtype", "bfloat16"),
+            dtype="bfloat16",
             enforce_eager=True,
             max_model_len=128,
             max_num_seqs=4,
             skip_tokenizer_init=True,
         )
         prompts = [{"prompt_token_ids": ids} for ids in job["prompts"]]
-        how = SamplingParams(max_tokens=job.get("max_tokens", 12), temperature=0.0, detokenize=False)
+        how = SamplingParams(max_tokens=12, temperature=0.0, detokenize=False)
 
         def generate(llm: Any) -> list[list[int]]:
             return [list(out.outputs[0].token_ids) for out in llm.generate(prompts, how, use_tqdm=False)]

@@ -58,7 +58,7 @@ class Opening:
     is being read while the header of the last may not be staged yet.
 
     Attributes:
-        files, readers: what was opened so far; the caller closes them.
+        files, readers: what was opened so far, until `close`.
         infos: the selected tensors.
     """
 

@@ -167,10 +167,6 @@ class SlicePlan:
         for rule in self.rules:
             _check_rule(rule)
 
-    def for_rank(self, rank: int) -> SlicePlan:
-        """The same for another rank."""
-        return SlicePlan(rank, self.world, self.rules, self.unmatched, self.strict)
-
     def rule(self, name: str) -> Rule | None:
         """The rule that decides about a name; None if no rule fits and that means replicated.
 

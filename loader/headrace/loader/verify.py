@@ -249,12 +249,11 @@ class FileCheck:
 
     def runs(self, plan: FilePlan, granularity: int) -> list[Run]:
         """The plan's blocks, cut and grouped so that each run reads whole chunks."""
-        blocks = list(plan.blocks(granularity))
         groups = list(self._groups(plan.blocks()))
         # Where each run begins: with the page in which its first chunk does.
         cuts = [self.grid.offsets[chunks[0]] // PAGE * PAGE for chunks in groups]
         pieces: list[list[Block]] = [[] for _ in groups]
-        for block in blocks:
+        for block in plan.blocks(granularity):
             start = block.start
             while start < block.stop:
                 number = max(0, bisect_right(cuts, start) - 1)

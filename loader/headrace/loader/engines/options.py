@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from headrace.cache.errors import UsageError
@@ -66,11 +66,10 @@ class EngineOptions:
             raise UsageError(
                 f"the extra configuration of load format headrace must be an object with keys, not {given!r}"
             )
-        known = {field.name for field in fields(cls)}
-        unknown = sorted(set(given) - known)
+        unknown = sorted(set(given) - set(_KINDS))
         if unknown:
             raise UsageError(
-                f"load format headrace has no option {', '.join(unknown)}: known are {', '.join(sorted(known))}"
+                f"load format headrace has no option {', '.join(unknown)}: known are {', '.join(sorted(_KINDS))}"
             )
         for key, value in given.items():
             kind, what = _KINDS[key]

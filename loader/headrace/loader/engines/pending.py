@@ -63,7 +63,7 @@ def read_headers(source: Source, checkpoint: Checkpoint) -> Headers:
     files: dict[str, Header] = {}
     home: dict[str, str] = {}
     for path in checkpoint.files:
-        with _opened(source, path) as file:
+        with contextlib.closing(source.open(path)) as file:
             length = header_length(read_bytes(file, 0, min(PREFIX, file.size)), file.size, path)
             header = parse_header(read_bytes(file, PREFIX, PREFIX + length), file.size, path)
         missing = tuple(name for name in expected.get(path, ()) if name not in header.tensors)
@@ -196,7 +196,7 @@ class StreamedTensors:
                 with self._change:
                     if self._ended:
                         return  # the generator goes with this frame, and stops reading
-                    self._arrived[name] = own_storage(tensor)
+                    self._arrived[name] = _own_storage(tensor)
                     self._change.notify_all()
         except BaseException as error:  # noqa: BLE001  (handed to the threads that wait, which raise it)
             self.failure = error
@@ -265,18 +265,9 @@ class SingleTensors:
             self._files.popitem()[1].close()
 
 
-def own_storage(tensor: torch.Tensor) -> torch.Tensor:
+def _own_storage(tensor: torch.Tensor) -> torch.Tensor:
     """The same memory as a storage of its own; tensors that are not on the host stay as they are."""
     if tensor.device.type != "cpu" or not tensor.numel():
         return tensor
     raw = tensor.reshape(-1).view(torch.uint8)
     return torch.frombuffer(raw.numpy(), dtype=torch.uint8).view(tensor.dtype).view(tensor.shape)
-
-
-@contextlib.contextmanager
-def _opened(source: Source, path: str) -> Iterator[SourceFile]:
-    file = source.open(path)
-    try:
-        yield file
-    finally:
-        file.close()

@@ -6,35 +6,25 @@ one hook here puts our class in place of the name.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
-LOAD_FORMAT = "headrace"
-TARGET = "sglang.srt.configs.load_config.LoadConfig._verify_load_format"
+from headrace.loader.engines.load_format import LOAD_FORMAT, register_once
 
-_registered = False
+TARGET = "sglang.srt.configs.load_config.LoadConfig._verify_load_format"
 
 
 def register() -> None:
     """Make the load format known to SGLang; more than once does nothing more."""
-    global _registered
-    if _registered:
-        return
-    try:
-        from sglang.srt.arg_groups.choices import add_load_format_choices
-        from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+    register_once("SGLang", "sglang.headrace", _register)
 
-        HookRegistry.register(TARGET, verify_load_format, HookType.AROUND)
-        add_load_format_choices([LOAD_FORMAT])
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        logging.getLogger("sglang.headrace").warning(
-            "the load format headrace is not available, because this SGLang does not fit the plug-in: %s: %s",
-            type(error).__name__,
-            error,
-        )
-        return
-    _registered = True
+
+def _register() -> None:
+    from sglang.srt.arg_groups.choices import add_load_format_choices
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    HookRegistry.register(TARGET, verify_load_format, HookType.AROUND)
+    add_load_format_choices([LOAD_FORMAT])
 
 
 def verify_load_format(original: Callable[[Any], None], config: Any) -> None:

@@ -68,11 +68,8 @@ def small_files(source: Source) -> Iterator[Path]:
 
 
 def _copy(source: Source, path: str, target: Path) -> None:
-    file = source.open(path)
-    try:
+    with contextlib.closing(source.open(path)) as file:
         if file.size > MOST:
             return
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(read_bytes(file, 0, file.size))
-    finally:
-        file.close()

@@ -35,6 +35,7 @@ from headrace.cache.errors import (
 )
 from headrace.loader.checkpoint import INDEX_SUFFIX, Checkpoint, find_checkpoint, name_list
 from headrace.loader.choose import ReadPath, check_read_path
+from headrace.loader.dtypes import TORCH
 from headrace.loader.engines.pending import (
     Headers,
     SingleTensors,
@@ -51,7 +52,9 @@ try:
     import transformers
     from transformers.models.auto.auto_factory import _BaseAutoModelClass, _get_model_class
 except ModuleNotFoundError as missing:
-    raise MissingDependency("transformers is not installed: pip install 'transformers>=5'") from missing
+    raise MissingDependency(
+        "transformers is not installed: pip install 'headrace[transformers]'"
+    ) from missing
 
 # Keywords that say where on the hub files are: meaningless for a folder.
 _HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token", "code_revision")
@@ -226,12 +229,9 @@ def _tensors(
 
 def _to_verify(weights: Source, headers: Headers, mode: VerifyMode) -> bool:
     for path in headers.files:
-        file = weights.open(path)
-        try:
+        with contextlib.closing(weights.open(path)) as file:
             if check_for(file, mode) is not None:
                 return True
-        finally:
-            file.close()
     return False
 
 
@@ -374,7 +374,7 @@ def _merged(model_class: Any, config: Any) -> bool:
     try:
         from transformers.conversion_mapping import get_checkpoint_conversion_mapping
         from transformers.core_model_loading import WeightConverter
-    except ImportError:  # before 5.0
+    except ImportError:  # this version has no such table there
         return True
     parts = [config, *(getattr(config, name, None) for name in type(config).sub_configs)]
     names = {model_class.__name__, *(getattr(part, "model_type", None) for part in parts)} - {None}
@@ -397,15 +397,14 @@ def _kept_dtype(headers: Headers, config: Any, kwargs: Mapping[str, Any]) -> boo
     ):
         return False
     asked = kwargs.get("dtype") if kwargs.get("dtype") is not None else kwargs.get("torch_dtype")
-    stored = {info.dtype for info in headers.infos() if info.dtype.startswith(("F", "BF"))}
+    stored = {TORCH.get(info.dtype) for info in headers.infos() if info.dtype.startswith(("F", "BF"))}
     if asked is None or asked == "auto":
         asked = config.dtype
         if asked is None:
             return len(stored) <= 1
-    names = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
     if isinstance(asked, str):
         asked = getattr(torch, asked, None)
-    return isinstance(asked, torch.dtype) and stored <= {names.get(asked)}
+    return isinstance(asked, torch.dtype) and stored <= {asked}
 
 
 def _finish(model: Any, source: Source, folder: Path, kwargs: Mapping[str, Any]) -> None:

@@ -219,8 +219,8 @@ class HeadraceModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not
                 seen.add(id(parameter))
                 name = f"{prefix}.{own}" if prefix else own
                 share = written.share(parameter)
-                told = isinstance(module, LinearBase) if loaded_names is None else name not in loaded_names
-                if share < 1.0 and _is_missing(module, parameter, share, not told, draft):
+                claimed = not isinstance(module, LinearBase) if loaded_names is None else name in loaded_names
+                if share < 1.0 and _is_missing(module, parameter, share, claimed, draft):
                     missing += parts_missing(name, packed, names)
         if not missing:
             return

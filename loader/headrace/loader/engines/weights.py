@@ -71,6 +71,7 @@ class Weights:
     Attributes:
         names: of the tensors handed over so far, as the checkpoint calls them.
         bytes: of these.
+        seconds: that the last pass took, the engine's own work between two tensors included.
         failure: what this side failed with; None while it did not, whatever happened to the engine.
     """
 

@@ -73,6 +73,7 @@ class Circle:
         progress: gives a number that changes as work is done, or None while this rank waits for something
             else than itself. Called in another thread.
         on_failure: called once, in another thread, when another rank failed.
+        failure: what to raise, once a rank has failed; it names the rank.
     """
 
     def __init__(

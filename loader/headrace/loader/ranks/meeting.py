@@ -61,7 +61,7 @@ def meet(group: dist.ProcessGroup, timeout: float, wait: float) -> Meeting:
     if not isinstance(group, dist.ProcessGroup):
         raise UsageError(f"group must be a process group that this process is in, not {group!r}")
     rank, size = dist.get_rank(group), dist.get_world_size(group)
-    store = store_of(group)
+    store = _get_process_group_store(group)
     name, secret = secrets.token_hex(16), secrets.token_hex(16)
     with contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)) as listener:
         try:
@@ -73,7 +73,7 @@ def meet(group: dist.ProcessGroup, timeout: float, wait: float) -> Meeting:
             # Counted in the store, so that a rank that was restarted with a new store counts anew.
             number = store.add(f"{_PREFIX}/{rank}/loads", 1)
             keys = [f"{_PREFIX}/{number}/{other}" for other in range(size)]
-            mine = {"node": node(), "socket": name, "secret": secret}
+            mine = {"node": _node(), "socket": name, "secret": secret}
             store.set(keys[rank], json.dumps(mine))
             everybody = _read_all(store, keys, wait)
         except (RuntimeError, ValueError) as error:
@@ -90,18 +90,13 @@ def meet(group: dist.ProcessGroup, timeout: float, wait: float) -> Meeting:
     return Meeting(circle, PrefixStore(f"{_PREFIX}/{number}/{hub}", store))
 
 
-def node() -> str:
+def _node() -> str:
     """The same for processes that share a kernel, so a page cache, and can connect to each other."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.stat('/proc/self/ns/net').st_ino}"
     except OSError:  # hidden: then the name of the host must do
         return socket.gethostname()
-
-
-def store_of(group: dist.ProcessGroup) -> Store:
-    """The key-value store that the group was made with."""
-    return _get_process_group_store(group)
 
 
 def _read_all(store: Store, keys: Sequence[str], wait: float) -> list[dict[str, str]]:

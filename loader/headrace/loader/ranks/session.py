@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch.distributed as dist
@@ -113,7 +113,7 @@ class Session:
     exchange: Exchange | None = None
     _windows: Windows | None = None
     _through_device: bool = False
-    _progress: Callable[[], int] | None = field(default=None)
+    _progress: Callable[[], int] | None = None
 
     @property
     def index(self) -> int:
@@ -132,7 +132,6 @@ class Session:
             progress: gives a number that changes as this rank's own work is done; None: only living counts.
             stop: called in another thread when another rank failed.
         """
-
         self._progress = progress
         self.circle.on_failure = stop
         if self.circle.failure is not None:

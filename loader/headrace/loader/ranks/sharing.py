@@ -20,7 +20,7 @@ _ROUNDS = 4
 """At least so many rounds are made of a file, so that also those of small files are balanced."""
 
 
-def stripe_blocks(size: int, ranks: int) -> int:
+def _stripe_blocks(size: int, ranks: int) -> int:
     """Blocks of one stripe of a file of `size` bytes."""
     blocks = -(-size // BLOCK)
     return max(1, min(_LONGEST, blocks // (_ROUNDS * ranks)))
@@ -35,7 +35,7 @@ def own_first(blocks: Sequence[Block], size: int, index: int, ranks: int) -> lis
         index: which of the ranks this is, from 0.
         ranks: how many read the file.
     """
-    stripe = stripe_blocks(size, ranks) * BLOCK
+    stripe = _stripe_blocks(size, ranks) * BLOCK
 
     def place(block: Block) -> tuple[int, int]:
         number = block.start // stripe

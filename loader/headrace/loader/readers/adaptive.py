@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 
 from headrace.loader.memory import resident
-from headrace.loader.pace import Pace
+from headrace.loader.pace import Pace, Way
 from headrace.loader.plan import PAGE
 from headrace.loader.readers.direct import DirectFetch, DirectRefusedError
 from headrace.loader.readers.fetch import BufferedFetch, Tally
@@ -65,7 +65,7 @@ class AdaptiveFetch:
                 self._bring_absent(part, begin, end)
 
     def _bring_absent(self, pages: memoryview, start: int, stop: int) -> None:
-        way = "direct" if self._always_direct else self._pace.next()
+        way: Way = "direct" if self._always_direct else self._pace.next()
         began = time.perf_counter()
         if way == "direct" and not self._refused:
             try:
@@ -82,9 +82,9 @@ class AdaptiveFetch:
         self._buffered.bring(pages, start, stop)
         self._done("buffered", stop - start, began)
 
-    def _done(self, way: str, count: int, began: float) -> None:
+    def _done(self, way: Way, count: int, began: float) -> None:
         self._tally.add(way, count)
-        self._pace.record("direct" if way == "direct" else "buffered", count, time.perf_counter() - began)
+        self._pace.record(way, count, time.perf_counter() - began)
 
     def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, bool]]:
         part = 0.0 if self._always_direct else resident(self._file.fileno(), start, stop)
@@ -120,10 +120,11 @@ class AdaptiveFetch:
             for kind, how in words.items()
             if self._tally[kind] > _TRACE * total
         ]
+        ways: dict[Way, str] = {"direct": "directly", "buffered": "through the page cache"}
         rates = [
             f"{rate / 1e9:.1f} GB/s {how}"
-            for way, how in (("direct", "directly"), ("buffered", "through the page cache"))
-            if (rate := self._pace.rate("direct" if way == "direct" else "buffered")) is not None
+            for way, how in ways.items()
+            if (rate := self._pace.rate(way)) is not None
         ]
         said = ", ".join(parts)
         if rates:

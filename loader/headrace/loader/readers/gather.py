@@ -174,10 +174,7 @@ class GatherReader(FileReader):
 
     def __init__(self, file: SourceFile, plan: GatherPlan) -> None:
         super().__init__(file, plan)
-        self._segments = plan.segments
         self._gatherer = Gatherer(file, plan)
-        self._images: dict[int, torch.Tensor] = {}
-        self._images_lock = threading.Lock()
 
     @property
     def name(self) -> str:
@@ -185,20 +182,9 @@ class GatherReader(FileReader):
 
     def fill(self, block: Block) -> None:
         assert isinstance(block, GatherBlock)
-        segment = self._segments[block.segment]
+        segment = self.plan.segments[block.segment]
         image = self._image(segment.image)
         self._gatherer.gather(block, image[segment.offset + block.first : segment.offset + block.last])
-
-    def _image(self, number: int) -> torch.Tensor:
-        with self._images_lock:
-            image = self._images.get(number)
-            if image is None:
-                image = self._images[number] = anonymous(self.plan.images[number], self.file.path)
-            return image
-
-    def _release(self, number: int) -> None:
-        with self._images_lock:
-            self._images.pop(number, None)
 
 
 class DeviceGatherReader(DeviceReader):

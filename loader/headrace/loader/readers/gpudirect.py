@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import logging
-from typing import Any, ClassVar
+from typing import Any
 
 from headrace.cache.errors import LoadError
 from headrace.loader.plan import Block, FilePlan
@@ -63,8 +63,6 @@ class GpuDirectReader(DeviceReader):
     Raises:
         GpuDirectRefusedError: this file cannot be read that way.
     """
-
-    span: ClassVar[str] = "read"
 
     def __init__(
         self, file: SourceFile, plan: FilePlan, fetch: Fetch, device: Device, ring: Ring, kvikio: Any

@@ -6,12 +6,9 @@ vanish. The tensors are views of the images.
 
 from __future__ import annotations
 
-import threading
 from typing import ClassVar
 
-import torch
-
-from headrace.loader.memory import anonymous, whole_pages
+from headrace.loader.memory import whole_pages
 from headrace.loader.plan import PAGE, Block, FilePlan
 from headrace.loader.readers.fetch import Fetch
 from headrace.loader.readers.reader import FileReader
@@ -26,8 +23,6 @@ class PrivateReader(FileReader):
     def __init__(self, file: SourceFile, plan: FilePlan, fetch: Fetch) -> None:
         super().__init__(file, plan)
         self._fetch = fetch
-        self._images: dict[int, torch.Tensor] = {}
-        self._images_lock = threading.Lock()
 
     @property
     def name(self) -> str:
@@ -46,17 +41,6 @@ class PrivateReader(FileReader):
         if self.check is not None:
             first = block.start % PAGE
             self.check.arrived(block.start, pages[first : first + block.stop - block.start])
-
-    def _image(self, number: int) -> torch.Tensor:
-        with self._images_lock:
-            image = self._images.get(number)
-            if image is None:
-                image = self._images[number] = anonymous(self.plan.images[number], self.file.path)
-            return image
-
-    def _release(self, number: int) -> None:
-        with self._images_lock:
-            self._images.pop(number, None)
 
     def close(self) -> None:
         super().close()

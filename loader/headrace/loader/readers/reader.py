@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 
 from headrace.cache.safetensors import collector_paused
+from headrace.loader.memory import anonymous
 from headrace.loader.plan import Block, FilePlan, Placed
 from headrace.loader.source import SourceFile
 from headrace.loader.verify import FileCheck, Run
@@ -36,6 +37,8 @@ class FileReader(ABC):
         self.plan = plan
         self.check: FileCheck | None = None
         """Set before the first `fill` where the file is verified: `fill` then shows it what it brought in."""
+        self._images: dict[int, torch.Tensor] = {}
+        self._images_lock = threading.Lock()
         self._views_lock = threading.Lock()
         self._views: dict[int, list[torch.Tensor | None]] = {}
         self._arrange(plan)
@@ -107,13 +110,22 @@ class FileReader(ABC):
             LoadError: they cannot be read.
         """
 
-    @abstractmethod
     def _image(self, number: int) -> torch.Tensor:
         """Image `number`, allocated if it is not yet."""
+        with self._images_lock:
+            image = self._images.get(number)
+            if image is None:
+                image = self._images[number] = self._allocate(number)
+            return image
 
-    @abstractmethod
+    def _allocate(self, number: int) -> torch.Tensor:
+        """Memory for image `number`: private, where nothing else is said."""
+        return anonymous(self.plan.images[number], self.file.path)
+
     def _release(self, number: int) -> None:
         """All tensors of image `number` were taken: keep no reference to it."""
+        with self._images_lock:
+            self._images.pop(number, None)
 
     def _image_of(self, placed: Placed) -> int:
         return placed.image

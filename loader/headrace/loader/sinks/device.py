@@ -124,19 +124,15 @@ class DeviceReader(FileReader):
         # Where each tensor lies in its slab: packed anew, because alignment in the file says nothing here.
         self._places: dict[int, int] = {}
         self._sizes = [0] * len(plan.images)
-        for placed in plan.placed:
-            if placed.info.nbytes:
-                self._places[placed.info.start] = self._sizes[placed.image]
-                self._sizes[placed.image] += -(-placed.info.nbytes // ALIGNMENT) * ALIGNMENT
+        self._filled = [placed for placed in plan.placed if placed.info.nbytes]
+        for placed in self._filled:
+            self._places[placed.info.start] = self._sizes[placed.image]
+            self._sizes[placed.image] += -(-placed.info.nbytes // ALIGNMENT) * ALIGNMENT
+        self._starts = [plan.header.data_start + placed.info.start for placed in self._filled]
         super().__init__(file, plan)
         self._fetch = fetch
         self._device = device
         self._ring = ring
-        self._slabs: dict[int, torch.Tensor] = {}
-        self._slabs_lock = threading.Lock()
-        filled = [placed for placed in plan.placed if placed.info.nbytes]
-        self._starts = [plan.header.data_start + placed.info.start for placed in filled]
-        self._filled = filled
 
     @property
     def name(self) -> str:
@@ -181,16 +177,8 @@ class DeviceReader(FileReader):
             pieces.append(piece)
         return pieces
 
-    def _image(self, number: int) -> torch.Tensor:
-        with self._slabs_lock:
-            slab = self._slabs.get(number)
-            if slab is None:
-                slab = self._slabs[number] = self._device.allocate(self._sizes[number])
-            return slab
-
-    def _release(self, number: int) -> None:
-        with self._slabs_lock:
-            self._slabs.pop(number, None)
+    def _allocate(self, number: int) -> torch.Tensor:
+        return self._device.allocate(self._sizes[number])
 
     def _offset_of(self, placed: Placed) -> int:
         return self._places[placed.info.start]
