@@ -183,4 +183,4 @@ CASES = (
     ),
 )
 STAGING = "staging"
-"""The case that has a server instead of rivals: see `overlap.py`."""
+"""The case that has a server instead of rivals: see `staged.py`."""

@@ -54,14 +54,10 @@ def memory_group(limit: int) -> Iterator[MemoryGroup]:
     base = _base()
     if base is None:
         raise OSError("this machine has no memory controller")
-    folder = base / f"headrace-bench-{os.getpid()}"
-    folder.mkdir()
-    try:
+    with _made(base / f"headrace-bench-{os.getpid()}") as folder:
         knob = folder / "memory.limit_in_bytes"
         (knob if knob.exists() else folder / "memory.max").write_text(str(limit))
         yield MemoryGroup(folder)
-    finally:
-        folder.rmdir()
 
 
 def _base() -> Path | None:
@@ -89,9 +85,7 @@ def io_group(device: int, bytes_per_second: int) -> Iterator[Path]:
     base = _io_base()
     if base is None:
         raise OSError("this machine has no controller for block devices")
-    folder = base / f"headrace-bench-io-{os.getpid()}"
-    folder.mkdir()
-    try:
+    with _made(base / f"headrace-bench-io-{os.getpid()}") as folder:
         number = f"{os.major(device)}:{os.minor(device)}"
         first = folder / "blkio.throttle.read_bps_device"
         if first.exists():
@@ -99,15 +93,19 @@ def io_group(device: int, bytes_per_second: int) -> Iterator[Path]:
         else:
             (folder / "io.max").write_text(f"{number} rbps={bytes_per_second}")
         yield folder
-    finally:
-        folder.rmdir()
 
 
 def _io_base() -> Path | None:
     if (_IO_V1 / "blkio.throttle.read_bps_device").exists():
         return _IO_V1
-    if (_V2 / "cgroup.subtree_control").exists() and "io" in (
-        _V2 / "cgroup.subtree_control"
-    ).read_text().split():
-        return _V2
-    return None
+    control = _V2 / "cgroup.subtree_control"
+    return _V2 if control.exists() and "io" in control.read_text().split() else None
+
+
+@contextmanager
+def _made(folder: Path) -> Iterator[Path]:
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        folder.rmdir()

@@ -166,11 +166,8 @@ def _need_root(why: str) -> None:
 def _settle(folder: Path) -> None:
     """Only clean pages can be dropped."""
     for path in folder.iterdir():
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
+        with _opened(path) as descriptor:
             os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 # -- the page cache

@@ -46,6 +46,16 @@ def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Non
     HeadraceFileSystem.clear_instance_cache()
 
 
+def written_once(scenario: str, folder: str) -> Any:
+    """A fixture that has fsspec write one of its scenarios, once for all tests of a class: they only read it."""
+
+    def write(cls: Any, origin: Any, fs_path: str) -> Any:
+        return getattr(cls(), scenario)(origin, joined, f"{fs_path}/{folder}")
+
+    of_class: Any = classmethod(write)
+    return pytest.fixture(scope="class")(of_class)
+
+
 class ReadOnlyFixtures(AbstractFixtures, AbstractGetTests):  # type: ignore[misc]  # fsspec has no types
     """fsspec's fixtures, except that what is read is written at the origin."""
 
@@ -57,27 +67,10 @@ class ReadOnlyFixtures(AbstractFixtures, AbstractGetTests):  # type: ignore[misc
     def supports_empty_directories(self) -> bool:
         return False
 
-    # What is only read can be written once for all tests of a class.
-
-    @pytest.fixture(scope="class")
-    @classmethod
-    def fs_bulk_operations_scenario_0(cls, origin: Any, fs_path: str) -> Any:
-        return cls()._bulk_operations_scenario_0(origin, joined, fs_path + "/bulk")
-
-    @pytest.fixture(scope="class")
-    @classmethod
-    def fs_glob_edge_cases_files(cls, origin: Any, fs_path: str) -> Any:
-        return cls()._glob_edge_cases_files(origin, joined, fs_path + "/glob")
-
-    @pytest.fixture(scope="class")
-    @classmethod
-    def fs_dir_and_file_with_same_name_prefix(cls, origin: Any, fs_path: str) -> Any:
-        return cls()._dir_and_file_with_same_name_prefix(origin, joined, fs_path + "/prefix")
-
-    @pytest.fixture(scope="class")
-    @classmethod
-    def fs_10_files_with_hashed_names(cls, origin: Any, fs_path: str) -> Any:
-        return cls()._10_files_with_hashed_names(origin, joined, fs_path + "/ten")
+    fs_bulk_operations_scenario_0 = written_once("_bulk_operations_scenario_0", "bulk")
+    fs_glob_edge_cases_files = written_once("_glob_edge_cases_files", "glob")
+    fs_dir_and_file_with_same_name_prefix = written_once("_dir_and_file_with_same_name_prefix", "prefix")
+    fs_10_files_with_hashed_names = written_once("_10_files_with_hashed_names", "ten")
 
     def test_get_directory_recursive(
         self,

@@ -11,15 +11,15 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from support.filling_source import FillingSource
 from support.mounts import needs_root, tmpfs
+from support.page_cache import device_bytes, drop
 from support.safetensors_files import entry, file_bytes
+from support.tensors import bits
 
 from headrace.cache.safetensors import read_header
 from headrace.loader import history, load
 from headrace.loader.choose import choose
-from headrace.loader.memory import as_bytes, resident
 from headrace.loader.pace import ENOUGH, Kind, Pace
 from headrace.loader.plan import Selection, plan_file
 from headrace.loader.readers.mapped import MappedReader
@@ -27,10 +27,6 @@ from headrace.loader.source import LocalFile
 
 MIB = 1 << 20
 KEY = "8:1 ext4"
-
-
-def bits(tensor: torch.Tensor) -> bytes:
-    return bytes(as_bytes(tensor.contiguous().view(-1).view(torch.uint8))) if tensor.numel() else b""
 
 
 @pytest.fixture(autouse=True)
@@ -59,11 +55,8 @@ def model(tmp_path: Path) -> Path:
 
 def arrange(path: Path, present: float, block: int = MIB) -> None:
     """Let the page cache have this part of a file, evenly spread over its blocks."""
+    drop(path)
     with path.open("rb") as file:
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        if resident(file.fileno(), 0, path.stat().st_size) != 0:
-            pytest.skip("this file system keeps its pages whatever is advised (tmpfs does)")
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # read no further than asked
         due = 0.0
         for start in range(0, path.stat().st_size, block):
@@ -75,11 +68,6 @@ def arrange(path: Path, present: float, block: int = MIB) -> None:
 
 def expected_of(folder: Path) -> dict[str, bytes]:
     return {name: bits(one) for name, one in load(folder, read_path="buffered").tensors.items()}
-
-
-def device_bytes() -> int:
-    text = Path("/proc/self/io").read_text()
-    return int(text.partition("\nread_bytes:")[2].split()[0])
 
 
 # -- what it chooses ------------------------------------------------------------------------------------
@@ -175,6 +163,19 @@ def test_what_would_not_fit_is_mapped_however_cold_it_is(model: Path) -> None:
         file.close()
 
 
+def is_mapped(path: Path, known: dict[Kind, float]) -> bool:
+    """What the autopilot chooses for a file of a device whose paces are these."""
+    file = LocalFile(path, path.name)
+    try:
+        plan = plan_file(path.name, read_header(path), Selection())
+        choice = choose(file, plan, "auto", pace=lambda: Pace(2, known), total=1, free=None)
+        if choice.fetch is not None:
+            choice.fetch.close()
+        return choice.fetch is None
+    finally:
+        file.close()
+
+
 KNOWN: list[tuple[dict[Kind, float], bool]] = [
     ({}, False),
     ({"direct": 1e9, "buffered": 1e9, "mapped": 1e9}, True),
@@ -189,15 +190,7 @@ def test_a_half_warm_file_is_mapped_where_that_was_fast(
 ) -> None:
     path = model / "model.safetensors"
     arrange(path, 0.5)
-    file = LocalFile(path, "model.safetensors")
-    try:
-        plan = plan_file("model.safetensors", read_header(path), Selection())
-        choice = choose(file, plan, "auto", pace=lambda: Pace(2, known), total=1, free=None)
-        assert (choice.fetch is None) == mapped
-        if choice.fetch is not None:
-            choice.fetch.close()
-    finally:
-        file.close()
+    assert is_mapped(path, known) == mapped
 
 
 @pytest.mark.parametrize(("rate", "mapped"), [(1.05e9, False), (2e9, True)])
@@ -206,16 +199,7 @@ def test_a_cold_file_is_mapped_only_where_that_was_seen_to_be_clearly_faster(
 ) -> None:
     path = model / "model.safetensors"
     arrange(path, 0.0)
-    file = LocalFile(path, "model.safetensors")
-    known: dict[Kind, float] = {"direct": 1e9, "buffered": 0.9e9, "mapped": rate}
-    try:
-        plan = plan_file("model.safetensors", read_header(path), Selection())
-        choice = choose(file, plan, "auto", pace=lambda: Pace(2, known), total=1, free=None)
-        assert (choice.fetch is None) == mapped
-        if choice.fetch is not None:
-            choice.fetch.close()
-    finally:
-        file.close()
+    assert is_mapped(path, {"direct": 1e9, "buffered": 0.9e9, "mapped": rate}) == mapped
 
 
 @needs_root

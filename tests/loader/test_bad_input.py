@@ -14,11 +14,11 @@ import pytest
 import torch
 from support.host_device import HostDevice
 from support.safetensors_files import Entry, entry, file_bytes, raw_file, write_sharded
+from support.tensors import bits
 
 from headrace.cache.errors import CheckpointError, LoadError, MissingTensor
 from headrace.loader import load, stream
 from headrace.loader.choose import ReadPath
-from headrace.loader.memory import as_bytes
 
 PATHS: tuple[ReadPath, ...] = ("mapped", "buffered", "direct", "auto")
 INDEX = "model.safetensors.index.json"
@@ -144,10 +144,6 @@ def test_a_file_truncated_when_its_pages_were_already_in_memory_is_no_signal(tmp
         "1 load LoadError True",
         "1 load_file LoadError True",
     ]
-
-
-def bits(tensor: torch.Tensor) -> bytes:
-    return bytes(as_bytes(tensor.contiguous().view(-1).view(torch.uint8))) if tensor.numel() else b""
 
 
 @pytest.mark.parametrize("read_path", PATHS)

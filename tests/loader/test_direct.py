@@ -10,11 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from support.filling_source import FillingSource
 from support.host_device import HostDevice
 from support.mounts import needs_root
+from support.page_cache import device_bytes, drop
 from support.safetensors_files import entry, file_bytes
+from support.tensors import bits
 
 from headrace.cache.errors import LoadError
 from headrace.loader import load, stream
@@ -26,27 +27,6 @@ from headrace.loader.readers.direct import DirectFetch, DirectRefusedError
 from headrace.loader.source import LocalFile
 
 MIB = 1 << 20
-
-
-def bits(tensor: torch.Tensor) -> bytes:
-    return bytes(as_bytes(tensor.contiguous().view(-1).view(torch.uint8))) if tensor.numel() else b""
-
-
-def read_from_device() -> int:
-    """Bytes that this process has had read from block devices."""
-    for line in Path("/proc/self/io").read_text().splitlines():
-        if line.startswith("read_bytes:"):
-            return int(line.split()[1])
-    raise AssertionError("no read_bytes")
-
-
-def drop(path: Path) -> None:
-    """Empty the page cache of a file, or skip the test."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        if resident(file.fileno(), 0, path.stat().st_size) != 0:
-            pytest.skip("this file system keeps its pages whatever is advised (tmpfs does)")
 
 
 @pytest.fixture
@@ -103,9 +83,9 @@ def test_what_is_loaded_came_from_the_device_and_not_through_the_page_cache(
     path = tmp_path / "model.safetensors"
     path.write_bytes(file_bytes(entries, shift=shift))
     drop(path)
-    before = read_from_device()
+    before = device_bytes()
     loaded = load(path, read_path="direct")
-    assert read_from_device() - before >= path.stat().st_size - MIB
+    assert device_bytes() - before >= path.stat().st_size - MIB
     with path.open("rb") as file:
         part = resident(file.fileno(), MIB, path.stat().st_size)
     assert part is not None and part < 0.01  # the header's pages are all
@@ -121,9 +101,9 @@ def test_what_the_page_cache_has_is_read_again_where_direct_is_asked_for(tmp_pat
     path.write_bytes(file_bytes([entry("a", "U8", (4 * MIB,))]))
     drop(path)
     path.read_bytes()
-    before = read_from_device()
+    before = device_bytes()
     load(path, read_path="direct")
-    assert read_from_device() - before >= 4 * MIB
+    assert device_bytes() - before >= 4 * MIB
 
 
 def test_selected_tensors_are_right_wherever_they_begin_and_end(tmp_path: Path) -> None:

@@ -8,22 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from support.safetensors_files import entry, file_bytes, raw_file, write_sharded
+from support.tensors import bits
 
 from headrace.cache.errors import CheckpointError
 from headrace.cache.safetensors import parse_header
 from headrace.loader import load, opening
 from headrace.loader.choose import ReadPath
-from headrace.loader.memory import as_bytes
 from headrace.loader.plan import Block
 from headrace.loader.readers.reader import FileReader
 
 PATHS: tuple[ReadPath, ...] = ("mapped", "buffered", "direct", "auto")
-
-
-def bits(tensor: torch.Tensor) -> bytes:
-    return bytes(as_bytes(tensor.contiguous().view(-1).view(torch.uint8))) if tensor.numel() else b""
 
 
 @pytest.mark.parametrize("read_path", PATHS)

@@ -18,22 +18,18 @@ from support.filling_source import FillingSource
 from support.host_device import HostDevice
 from support.safetensors_files import Entry, entry, file_bytes, write_sharded
 from support.sliced import bits_of, bytes_of, sliced
+from support.tensors import bits
 
 from headrace.cache.errors import LoadError, UsageError
 from headrace.cache.safetensors import DTYPE_BITS, Header, read_header
 from headrace.loader import Loaded, SlicePlan, load, stream
 from headrace.loader.choose import ReadPath
 from headrace.loader.gathering import Way, plan_slices
-from headrace.loader.memory import as_bytes
 from headrace.loader.plan import Selection
 from headrace.loader.readers import gather
 from headrace.loader.slices import Experts, Fused, Part, Replicated, Rule, Shaped, Slicing, Split
 
 PATHS: tuple[ReadPath, ...] = ("mapped", "buffered", "direct", "auto")
-
-
-def bits(tensor: torch.Tensor) -> bytes:
-    return bytes(as_bytes(tensor.contiguous().view(-1).view(torch.uint8))) if tensor.numel() else b""
 
 
 def expected(one: Entry, slicing: Slicing, rank: int, world: int) -> tuple[tuple[int, ...], bytes]:

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from support.digested_source import DigestedSource
 from support.host_device import HostDevice
 from support.safetensors_files import Entry, entry, file_bytes, write_sharded
+from support.tensors import bits
 
 from headrace.cache.errors import IntegrityError, StoreError, UsageError
 from headrace.cache.grid import Grid, by_tensors, fixed
 from headrace.cache.safetensors import parse_header
 from headrace.loader import SlicePlan, load, plan, stream, verify
 from headrace.loader.choose import ReadPath
-from headrace.loader.memory import as_bytes
 from headrace.loader.slices import Rule, Split
 
 PATHS: tuple[ReadPath, ...] = ("mapped", "buffered", "direct")
@@ -34,10 +34,6 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verify, "BLOCK", BLOCK)
     monkeypatch.setattr(verify, "_SMALL", BLOCK // 8)
     monkeypatch.setattr(verify, "_PIECE", 10_000)
-
-
-def bits(tensor: torch.Tensor) -> bytes:
-    return bytes(as_bytes(tensor.contiguous().view(-1).view(torch.uint8))) if tensor.numel() else b""
 
 
 def grid_of(content: bytes, chunk: int = 1 << 20) -> Grid:
@@ -66,6 +62,8 @@ ENTRIES = [
 ]
 CONTENT = file_bytes(ENTRIES, shift=3)
 GRID = grid_of(CONTENT, 100_000)
+DATA_CHUNKS = [(index, *GRID.span(index, index + 1)) for index in range(1, len(GRID))]
+"""(number, start, stop) of each behind the header."""
 EXPECTED = {one.name: one.data for one in ENTRIES}
 BASE = len(CONTENT) - sum(len(one.data) for one in ENTRIES)
 
@@ -96,8 +94,7 @@ def test_a_right_file_is_loaded_verified_and_noted(
 def test_a_wrong_byte_anywhere_is_an_error_that_says_where(
     read_path: ReadPath, model: DigestedSource
 ) -> None:
-    for index in range(1, len(GRID)):
-        start, stop = GRID.span(index, index + 1)
+    for index, start, stop in DATA_CHUNKS:
         for offset in (start, stop - 1):
             model.damage(FILE, offset)
             with pytest.raises(IntegrityError) as caught:
@@ -112,7 +109,7 @@ def test_a_wrong_byte_anywhere_is_an_error_that_says_where(
                 f"chunk {index} of {FILE}, bytes {start} to {stop}, with {', '.join(names)}, does not have its "
                 "digest: run `headrace verify --repair`"
             )
-    assert model.notes == [(FILE, False)] * 2 * (len(GRID) - 1)
+    assert model.notes == [(FILE, False)] * 2 * len(DATA_CHUNKS)
 
 
 def test_a_wrong_header_is_not_even_parsed(model: DigestedSource) -> None:
@@ -139,8 +136,7 @@ def test_a_wrong_index_is_not_even_parsed(tmp_path: Path) -> None:
 def test_a_stream_yields_a_tensor_only_when_all_its_chunks_are_right(
     read_path: ReadPath, model: DigestedSource
 ) -> None:
-    for index in range(1, len(GRID)):
-        start, stop = GRID.span(index, index + 1)
+    for index, start, stop in DATA_CHUNKS:
         model.damage(FILE, (start + stop) // 2)
         got: dict[str, bytes] = {}
         with pytest.raises(IntegrityError, match=f"chunk {index} of"):
