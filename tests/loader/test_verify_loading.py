@@ -286,6 +286,19 @@ def test_a_lost_digest_is_an_error(model: DigestedSource) -> None:
     assert load(model, verify="never").stats.tensors == len(ENTRIES)
 
 
+def test_a_wrong_chunk_that_is_only_read_over_between_two_tensors_does_not_matter(tmp_path: Path) -> None:
+    entries = [entry("a", "U8", (1,)), entry("between", "U8", (4096,)), entry("b", "U8", (1,))]
+    content = file_bytes(entries)
+    base = len(content) - 4098
+    source = DigestedSource(tmp_path, {FILE: content}, {FILE: Grid((base, 1, 4096, 1))})
+    source.damage(FILE, base + 100)
+    for read_path in PATHS:
+        loaded = load(source, names={"a", "b"}, read_path=read_path, verify="always")
+        assert {name: bits(tensor) for name, tensor in loaded.tensors.items()} == {
+            one.name: one.data for one in entries if one.name != "between"
+        }
+
+
 @st.composite
 def files(draw: st.DrawFn) -> tuple[list[Entry], bytes, Grid]:
     sizes = draw(

@@ -143,6 +143,14 @@ class FilePlan:
         """Bytes read: the selected tensors and the gaps read over."""
         return sum(segment.stop - segment.start for segment in self.segments)
 
+    def wanted(self) -> Iterator[tuple[int, int]]:
+        """Where in the file the bytes lie that were asked for, in file order: without the gaps read over."""
+        if self.read_bytes == self.tensor_bytes:
+            return ((segment.start, segment.stop) for segment in self.segments)
+        base = self.header.data_start
+        infos = (placed.info for placed in self.placed)
+        return ((base + info.start, base + info.stop) for info in infos if info.start < info.stop)
+
     def blocks(self, granularity: int = 1) -> Iterator[Block]:
         """The reads, in file order, at most `BLOCK` bytes long (plus rounding).
 

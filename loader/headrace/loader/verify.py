@@ -249,7 +249,7 @@ class FileCheck:
 
     def runs(self, plan: FilePlan, granularity: int) -> list[Run]:
         """The plan's blocks, cut and grouped so that each run reads whole chunks."""
-        groups = list(self._groups(plan.blocks()))
+        groups = list(self._groups(plan.wanted()))
         # Where each run begins: with the page in which its first chunk does.
         cuts = [self.grid.offsets[chunks[0]] // PAGE * PAGE for chunks in groups]
         pieces: list[list[Block]] = [[] for _ in groups]
@@ -278,11 +278,11 @@ class FileCheck:
             runs.append(Run(start, stop, parts[0].segment, joined, own, len(runs), gives))
         return runs
 
-    def _groups(self, blocks: Iterable[Block]) -> Iterator[tuple[int, ...]]:
-        """The chunks that the blocks touch, in groups for one run each."""
+    def _groups(self, wanted: Iterable[tuple[int, int]]) -> Iterator[tuple[int, ...]]:
+        """The chunks that these bytes touch, in groups for one run each."""
         needed: list[int] = []
-        for block in blocks:
-            first, last = self.grid.covering(block.start, block.stop)
+        for start, stop in wanted:
+            first, last = self.grid.covering(start, stop)
             needed += range(max(first, needed[-1] + 1) if needed else first, last)
         group: list[int] = []
         size = 0
