@@ -27,6 +27,15 @@
     ├── LoadError                   40   tensors could not be loaded
     │   ├── MissingTensor           41   named tensors or shards that the checkpoint lacks
     │   └── StagingStopped          42   nobody is staging what the loader waits for
+    ├── ClusterError                50   what nodes do together
+    │   ├── TrackerUnavailable      51   Redis or Valkey cannot be reached, or is not one that can be used
+    │   ├── PeerError               52   another node cannot give what it was asked for
+    │   │   ├── PeerBusy            53   it has no upload slot free
+    │   │   └── PeerMissing         54   it does not have the chunk
+    │   └── NotAuthenticated        55   a secret, token or certificate that is missing, wrong or expired
+    ├── AgentError                  60   the node's agent
+    │   ├── AgentUnavailable        61   nobody answers on its socket, or it went away midway
+    │   └── NotAllowed              62   this socket has no right to that
     └── Interrupted                130   Ctrl-C or SIGTERM
 
 Exit codes are stable. Messages are one sentence: what was wrong, where, what to do.
@@ -160,6 +169,50 @@ class MissingTensor(LoadError):
 
 class StagingStopped(LoadError):
     exit_code = 42
+
+
+class ClusterError(HeadraceError):
+    exit_code = 50
+
+
+class TrackerUnavailable(ClusterError):
+    exit_code = 51
+
+
+class PeerError(ClusterError):
+    exit_code = 52
+
+
+class PeerBusy(PeerError):
+    """`retry_after` is how many seconds the peer asks to wait."""
+
+    exit_code = 53
+
+    def __init__(self, message: str, retry_after: float = 0.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class PeerMissing(PeerError):
+    """The peer answered, and does not have it."""
+
+    exit_code = 54
+
+
+class NotAuthenticated(ClusterError):
+    exit_code = 55
+
+
+class AgentError(HeadraceError):
+    exit_code = 60
+
+
+class AgentUnavailable(AgentError):
+    exit_code = 61
+
+
+class NotAllowed(AgentError):
+    exit_code = 62
 
 
 class Interrupted(HeadraceError):

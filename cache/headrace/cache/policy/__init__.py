@@ -1,0 +1,1 @@
+"""Which chunk comes next, and from where: decisions alone, without I/O and without a clock."""

@@ -1,0 +1,1 @@
+"""Who holds which chunk, and who may read which chunk from the origin."""
