@@ -16,8 +16,8 @@ from support.faulty_server import Fault, FaultyServer
 from support.models import below
 from support.stores import read_files
 
+from headrace.cache.inventory import entry
 from headrace.cache.store import Store
-from headrace.cli.inventory import entry
 
 CHUNK = 64 * 1024
 

@@ -13,6 +13,8 @@ TOML, at `$HEADRACE_CONFIG`, else `/etc/headrace/config.toml`; every key is opti
     keys = ["<64 hex digits>", "/etc/headrace/publisher.pem"]
     endpoint = "https://minio.example:9000"
     region = "eu-central-1"
+
+The sections of the node's agent (`AGENT_SECTIONS`) may stand in the same file; the agent checks them.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from headrace.cache.signature import public_key
 from headrace.cache.store import DEFAULT_DOMAIN
 
 SYSTEM = Path("/etc/headrace/config.toml")
+AGENT_SECTIONS = ("agent", "node", "tracker", "peers", "bandwidth")
 _AGE = re.compile(r"^(\d+)([smhd])$")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _OPTIONS = {f.name for f in fields(OriginOptions)} - {"headers"}
@@ -79,11 +82,37 @@ def load(path: str | None = None, environ: Mapping[str, str] | None = None) -> C
     file = Path(named) if named else SYSTEM
     if not named and not file.exists():
         return Config()
+    return parse(read(file), str(file), environ)
+
+
+def read(file: Path) -> str:
+    """The text of a configuration file.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
     try:
-        values = tomllib.loads(file.read_text())
+        return file.read_text()
     except (OSError, ValueError) as error:
         raise UsageError(f"the configuration {str(file)!r} cannot be read: {error}.") from None
-    found = _config(values, str(file))
+
+
+def values_of(text: str, where: str) -> dict[str, Any]:
+    """What the text of the configuration file `where` says. Raises UsageError."""
+    try:
+        return tomllib.loads(text)
+    except ValueError as error:
+        raise UsageError(f"the configuration {where!r} cannot be read: {error}.") from None
+
+
+def parse(text: str, where: str, environ: Mapping[str, str] | None = None) -> Config:
+    """The configuration that `text`, from the file `where`, and the environment make.
+
+    Raises:
+        UsageError: wrong; says which key.
+    """
+    environ = os.environ if environ is None else environ
+    found = _config(values_of(text, where), where)
     # The environment is nearer to the user than a file that holds for the whole machine.
     return replace(found, root=environ.get("HEADRACE_ROOT") or found.root)
 
@@ -110,7 +139,7 @@ def _config(values: dict[str, Any], where: str) -> Config:
     known = {"root": str, "domain": str, "revalidate": str, "workers": int}
     plain: dict[str, Any] = {}
     for key, value in values.items():
-        if key == "origin":
+        if key == "origin" or key in AGENT_SECTIONS:
             continue
         if key not in known:
             raise UsageError(

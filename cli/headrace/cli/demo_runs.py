@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import load_file
 
 from headrace.cache.errors import NotStaged
+from headrace.cache.inventory import entry
 from headrace.cache.progress import Progress
 from headrace.cache.store import Store
 from headrace.cli import demo_models
 from headrace.cli.demo_server import BUCKET, Server
-from headrace.cli.inventory import entry
 from headrace.cli.loading import load_model
 
 KILL_AT = 0.5

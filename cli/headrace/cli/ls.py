@@ -16,7 +16,7 @@ from headrace.cli.units import show_age, show_size
 @shared
 def command(call: Invocation) -> None:
     """List the snapshots in the store."""
-    from headrace.cli.inventory import Entry, entry
+    from headrace.cache.inventory import Entry, entry
 
     found: list[Entry] = []
     with call.store(writable=False) as store:

@@ -74,7 +74,7 @@ def _chosen_by(call: Invocation, configured: str | None) -> str:
 
 
 def _show_snapshot(call: Invocation, text: str) -> None:
-    from headrace.cli.inventory import entry, present_bytes
+    from headrace.cache.inventory import entry, present_bytes
 
     with call.store(writable=False) as store:
         domain, snapshot = call.find(store, text)

@@ -1,4 +1,4 @@
-"""What a store holds, in the form that `ls` and `show` print."""
+"""What a store holds, in the form that `ls`, `show` and the agent list it."""
 
 from __future__ import annotations
 
