@@ -63,9 +63,16 @@ class StagingJob:
         prepared: set when the snapshot can be opened for reading, or staging has ended.
     """
 
-    def __init__(self, request: StageRequest, progress: Progress | None = None) -> None:
+    def __init__(
+        self, request: StageRequest, progress: Progress | None = None, *, settings: Config | None = None
+    ) -> None:
+        """
+        Args:
+            settings: the configuration; None: as `config.load` finds it.
+        """
         self.request = request
         self.progress = progress or Progress()
+        self.settings = settings
         self.opened: tuple[Domain, Snapshot] | None = None
         self._report: StageReport | None = None
         self._error: BaseException | None = None
@@ -123,6 +130,10 @@ class StagingJob:
         self.check()
         assert self.opened is not None  # it is prepared, and has not failed
         return self.opened
+
+    def wait_ended(self, seconds: float) -> bool:
+        """Wait at most so long; whether nothing runs any more."""
+        return self._ended.wait(seconds)
 
     @property
     def ended(self) -> bool:
@@ -217,7 +228,7 @@ def open_for_loading(
 
 async def _stage(job: StagingJob) -> StageReport:
     request, progress = job.request, job.progress
-    settings = config.load()
+    settings = job.settings or config.load()
     reference = parse(request.reference)
     check_chunk_size(request.chunk)
     options = request.options or settings.options(reference)
