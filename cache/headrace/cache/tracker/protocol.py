@@ -14,6 +14,16 @@ from typing import Protocol
 MAX_WANTED = 64
 """Chunks that one exchange asks about, at most."""
 
+MAX_HOLDERS = 4
+"""Holders named for one chunk, at most."""
+
+MAX_KIN = 8
+"""Snapshots remembered for one address, at most."""
+
+SETTLED = 10.0
+"""Seconds after a node's last gain in a swarm until its announcement takes chunks back, too: who announces may
+have looked just before a chunk came."""
+
 
 @dataclass(frozen=True, slots=True)
 class Peer:
@@ -36,7 +46,8 @@ class Swarm:
 
     Attributes:
         id: the snapshot's id; it includes the trust domain.
-        chunks: how many, in all its files together.
+        chunks: how many, in all its files together. Part of the identity: nodes that cut a file differently have
+            nothing to exchange.
     """
 
     id: str
@@ -50,10 +61,13 @@ class Exchange:
     Attributes:
         gained: chunks that are now here, verified.
         lost: chunks that are here no more.
-        digests: of gained chunks, where no publisher gave them.
-        wanted: chunks to find a source for, the most urgent first; at most `MAX_WANTED`.
+        digests: of gained chunks, where no publisher gave them. The first one said of a chunk stays for as long
+            as anybody holds it.
+        wanted: chunks to find a source for, the most urgent first; at most `MAX_WANTED`. Whoever wants a chunk
+            does not hold it.
         claims: how many of them may be claimed now for reading from the origin, at most.
-        keep: chunks whose claim is still needed, because their reading goes on.
+        keep: chunks whose claim is still needed, because their reading goes on. A claim that the tracker has
+            lost is made again, unless somebody holds the chunk or another node has claimed it since.
         give_back: claimed chunks that will not be read after all.
         missing: (chunk, peer id): a holder that did not have it.
     """
@@ -74,8 +88,10 @@ class Answer:
     them: then nobody has it, and the node had asked for no more claims.
 
     Attributes:
-        holders: a few of those that have it, never the asking node.
-        claimed: this node reads it from the origin, and nobody else does until the lease ends.
+        holders: a few of those that have it, at random, some of them of the asking node's zone where there are
+            any; at most `MAX_HOLDERS`, never the asking node.
+        claimed: this node reads it from the origin, and nobody else does until the lease ends. A claim that it
+            has already is named again (and counts among those asked for).
         reading: another node has the claim.
         counts: how many nodes have it.
         digests: learned ones, of chunks with holders.
@@ -89,7 +105,55 @@ class Answer:
 
 
 class Tracker(Protocol):
-    """One node's way to the tracker."""
+    """One node's way to the tracker.
+
+    It is made for one `Peer`, this node. What a call does for a node that is not registered, or no more, it does
+    after registering it.
+    """
+
+    async def register(self, peer: Peer, seconds: float) -> bool:
+        """This node lives, and will for `seconds` unless it says so again before. Clears up after some of those
+        that do not live any more.
+
+        Args:
+            peer: this node; its address and zone may have changed, its id not.
+            seconds: until the others take it for gone.
+
+        Returns:
+            whether the tracker knows nothing (any more) of what this node holds: everything has to be announced.
+
+        Raises:
+            TrackerUnavailable: it cannot be reached.
+        """
+        ...
+
+    async def unregister(self) -> None:
+        """This node goes: it holds and claims nothing any more. Not an error when the tracker cannot be reached."""
+        ...
+
+    async def members(self) -> list[Peer]:
+        """All nodes that live, this one among them, in the order of their ids.
+
+        Raises:
+            TrackerUnavailable: it cannot be reached.
+        """
+        ...
+
+    async def announce(self, swarm: Swarm, have: bytes) -> None:
+        """The node holds exactly these chunks, and those that it gained within the last `SETTLED` seconds.
+
+        Args:
+            have: one bit per chunk, the first chunk in the lowest bit of the first byte.
+
+        Raises:
+            TrackerUnavailable: it cannot be reached.
+        """
+        ...
+
+    async def leave(self, swarm: Swarm) -> None:
+        """The node holds and claims nothing of it any more: evicted. Not an error when the tracker cannot be
+        reached."""
+        ...
 
     async def exchange(self, swarm: Swarm, request: Exchange) -> Answer:
         """Say and ask.
@@ -107,9 +171,23 @@ class Tracker(Protocol):
         """
         ...
 
+    async def add_kin(self, key: str, snapshot_id: str) -> None:
+        """Note a snapshot as the newest of its address. Not an error when the tracker cannot be reached.
+
+        Args:
+            key: digest of trust domain and canonical address.
+        """
+        ...
+
+    async def kin(self, key: str) -> list[str]:
+        """Ids of the last `MAX_KIN` snapshots of an address, the newest first; none where the tracker cannot be
+        reached."""
+        ...
+
     async def once(self, key: str, max_age: float, ask: Callable[[], Awaitable[bytes]]) -> bytes:
-        """A value that is found out once per cluster: remembered for `max_age` seconds, else asked by one node
-        while the others wait for its answer. An `ask` that fails lets the next node try.
+        """A value that is found out once per cluster: one that is at most `max_age` seconds old, or that another
+        node finds out meanwhile; else this node asks while the others wait for its answer. An `ask` that fails
+        lets the next node try.
 
         Raises:
             whatever `ask` raises.
@@ -122,4 +200,8 @@ class Tracker(Protocol):
 
     async def recall(self, key: str) -> bytes | None:
         """A value that a node of this cluster remembered; None where it is not known, or not reachable."""
+        ...
+
+    async def close(self) -> None:
+        """End connections. The node stays registered until its time is over."""
         ...
