@@ -20,6 +20,7 @@ import os
 import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any, NamedTuple, NoReturn
 
 from headrace.cache.compact import Columns, read_columns
@@ -196,14 +197,10 @@ def parse_header(head: bytes | bytearray | memoryview, file_size: int, where: st
 
 def _from_columns(columns: Columns, data_start: int, file_size: int, where: str) -> Header:
     metadata = _check_metadata(columns.metadata, where)
+    _check_end(columns.stops[-1], file_size - data_start, where)
     rows = zip(columns.names, columns.dtypes, columns.shapes, columns.starts, columns.stops, strict=True)
-    infos = list(map(TensorInfo._make, rows))
-    if columns.gapless:
-        _check_end(columns.stops[-1], file_size - data_start, where)
-    else:
-        infos.sort(key=_file_order)
-        _check_coverage(infos, file_size - data_start, where)
-    return Header({info[0]: info for info in infos}, metadata, data_start, file_size)
+    tensors = dict(zip(columns.names, map(_new_tuple, repeat(TensorInfo), rows), strict=False))
+    return Header(tensors, metadata, data_start, file_size)
 
 
 def read_header(source: int | str | os.PathLike[str], where: str | None = None) -> Header:
