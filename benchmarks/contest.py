@@ -23,6 +23,7 @@ from headrace.loader.digest import tensors_digest
 
 PAIRS, SMOKE_PAIRS = 15, 2
 OTHER_ROUNDS = 3
+FAR = 2.0
 SMALL, SMALL_SMOKE = 20_000, 1_000
 _WRITE_SHARDS = 4
 
@@ -91,6 +92,12 @@ class Result:
         return min(
             there, key=lambda name: statistics.median(self.rows[name].figure("wall", self.size)), default=None
         )
+
+    def near(self, rivals: Sequence[str]) -> list[str]:
+        """Those that came within `FAR` x the best of them: the others will not be the best."""
+        walls = {name: self.rows[name].figure("wall", self.size) for name in rivals}
+        limit = FAR * min((statistics.median(values) for values in walls.values()), default=0.0)
+        return [name for name, values in walls.items() if min(values, default=0.0) <= limit]
 
     def verdicts(self) -> Iterator[Verdict]:
         """Of the claims that could be tried."""
@@ -217,6 +224,7 @@ class Contest:
         state = STATES[case.state]
         with ExitStack() as stack:
             place = stack.enter_context(PLACES[case.place](scratch, expected, self._write))
+            stack.callback(place.keeping.close)
             holds = bring(place, state, anew=True)
             result = Result(case, place.size, pairs, f"{state.name} ({holds:.0%} in the page cache)")
             self.result = result
@@ -227,6 +235,8 @@ class Contest:
             others = [name for name in others if result.rows[name].absent is None]
             begin = time.monotonic()
             for number in range(pairs):
+                if case.autopilot and number == OTHER_ROUNDS:
+                    rivals = result.near(rivals)
                 if number >= SMOKE_PAIRS and self.seconds and time.monotonic() > begin + self.seconds:
                     result.pairs = number
                     break
@@ -307,12 +317,13 @@ class _Round:
 
     def _once(self, name: str, infos: dict[str, TensorInfo] | None = None) -> Outcome | None:
         contest, place = self.contest, self.place
-        loader = LOADERS[name]
+        loader, done = LOADERS[name], self.result.rows[name].outcomes
         bring(place, STATES[contest.case.state])
         try:
             return repeat(
                 lambda: loader.prepare(place.model, contest.device),
-                place.size,
+                # Who maps takes no memory; giving some back just before would only slow it down.
+                room=done[-1].private if done else place.size,
                 destination=place.size if contest.device == "cpu" else 0,
                 files=place.files,
                 environ=self._environ(loader),

@@ -52,6 +52,7 @@ class Outcome:
         device_bytes: read from block devices by this process.
         faults: page faults that needed no disk.
         beyond: bytes of host memory at the peak, beyond the tensors (on the host) and what was there before.
+        private: bytes of host memory at the peak that were not pages of files.
         notes: what the loader says of itself.
         digest: of the tensors, where it was asked for.
     """
@@ -61,6 +62,7 @@ class Outcome:
     device_bytes: int
     faults: int
     beyond: int
+    private: int
     notes: dict[str, Any]
     digest: str | None
 
@@ -71,8 +73,8 @@ class Failed(Exception):
 
 def repeat(
     prepare: Callable[[], Callable[[], Held]],
-    size: int,
     *,
+    room: int,
     destination: int,
     files: Sequence[Path],
     environ: dict[str, str],
@@ -83,7 +85,7 @@ def repeat(
 
     Args:
         prepare: called in the child before the clock starts; gives what is measured.
-        size: bytes of the model.
+        room: bytes of host memory that it will take, about: see `pretouch`.
         destination: bytes of host memory that the tensors need.
         files: of the model: mappings of these are not counted as a library's.
         environ: for the child.
@@ -98,7 +100,7 @@ def repeat(
         pid = os.fork()
         if pid == 0:
             os.close(reader)
-            _child(writer, said.fileno(), prepare, size, destination, files, environ, group, digest)
+            _child(writer, said.fileno(), prepare, room, destination, files, environ, group, digest)
         os.close(writer)
         with os.fdopen(reader, "rb") as pipe:
             answer = pipe.read()
@@ -117,7 +119,7 @@ def _child(
     writer: int,
     said: int,
     prepare: Callable[[], Callable[[], Held]],
-    size: int,
+    room: int,
     destination: int,
     files: Sequence[Path],
     environ: dict[str, str],
@@ -131,7 +133,7 @@ def _child(
         os.environ.update(environ)
         if group is not None:
             (group / "cgroup.procs").write_text(str(os.getpid()))
-        answer = asdict(_measure(prepare, size, destination, files, digest))
+        answer = asdict(_measure(prepare, room, destination, files, digest))
     except BaseException as error:  # noqa: BLE001 - handed to the parent, which raises it
         traceback.print_exc()
         answer = {"failed": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
@@ -142,16 +144,17 @@ def _child(
 
 def _measure(
     prepare: Callable[[], Callable[[], Held]],
-    size: int,
+    room: int,
     destination: int,
     files: Sequence[Path],
     digest: Callable[[dict[str, Any]], str] | None,
 ) -> Outcome:
     work = prepare()
     libraries = _library_pages(files)
-    pretouch(int(size * 1.1))  # as late as can be: hosts are quick to take free memory back
+    pretouch(int(room * 1.1))  # as late as can be: hosts are quick to take free memory back
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts here
     before, read, faults = _memory("VmRSS"), _device_bytes(), _faults()
+    mapped = _memory("RssFile")
     start = now()
     held = work()
     returned = time.monotonic() - start.wall
@@ -167,6 +170,7 @@ def _measure(
         _device_bytes() - read,
         _faults() - faults,
         peak - before - destination - (_library_pages(files) - libraries),
+        max(0, peak - before - (_memory("RssFile") - mapped)),
         held.notes,
         digest(held.tensors) if digest is not None and held.tensors is not None else None,
     )
@@ -200,6 +204,8 @@ def touch(ranges: Iterable[tuple[int, int]]) -> int:
 
 def pretouch(size: int) -> None:
     """Use `size` bytes of huge pages once and give them back: see README.md, "Touched memory"."""
+    if not size:
+        return
     size = min(size, int(_meminfo("MemAvailable") * 0.7))
     with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
         memory.madvise(mmap.MADV_HUGEPAGE)

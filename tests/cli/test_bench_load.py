@@ -141,6 +141,48 @@ def test_memory_beyond_the_tensors_is_counted(tmp_path: Path) -> None:
     assert 100 <= float(greedy[1]) - float(modest[1]) <= 110
 
 
+def test_only_who_takes_memory_is_given_some_beforehand(tmp_path: Path) -> None:
+    program = _LOADERS + (
+        "rows = run('headrace-mapped', 'headrace-buffered').rows\n"
+        "for name in ('headrace-mapped', 'headrace-buffered'):\n"
+        "    print(*(outcome.private for outcome in rows[name].outcomes))\n"
+    )
+    mapped, buffered = (line.split() for line in in_a_process(program, tmp_path).splitlines())
+    assert max(map(int, mapped)) < 5_000_000
+    assert min(map(int, buffered)) > 9_000_000
+
+
+def test_a_path_that_is_far_behind_is_not_the_best() -> None:
+    program = (
+        "from types import SimpleNamespace\n"
+        "from benchmarks import cases, contest\n"
+        "result = contest.Result(cases.CASES[0], 1, 1, 'cold')\n"
+        "for name, walls in {'a': [1, 1, 9], 'b': [1.9, 3, 3], 'c': [2.1, 3, 3]}.items():\n"
+        "    outcomes = [SimpleNamespace(cost=SimpleNamespace(wall=wall)) for wall in walls]\n"
+        "    result.rows[name] = contest.Row(outcomes)\n"
+        "assert result.near(['a', 'b', 'c']) == ['a', 'b']\n"
+        "assert result.near([]) == []\n"
+    )
+    in_a_process(program)
+
+
+def test_what_is_kept_in_the_page_cache_stays_there(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(bytes(1 << 20))
+    program = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from benchmarks import places\n"
+        "files = [Path(sys.argv[1])]\n"
+        "places._settle(files[0].parent)\n"
+        "with places.kept(files, places.fill_large):\n"
+        "    places.drop(files)\n"
+        "    assert places.held(files) == 1.0\n"
+        "places.drop(files)\n"
+        "assert places.held(files) == 0.0\n"
+    )
+    in_a_process(program, tmp_path / "file")
+
+
 def test_every_rival_runs_next_to_ours_and_the_order_changes() -> None:
     program = (
         "from benchmarks.contest import _trios\n"
