@@ -66,6 +66,30 @@ def test_every_dtype_and_shape_is_bit_equal_at_any_alignment(
     assert loaded.digest() == expected_digest(EVERY)
 
 
+@pytest.mark.parametrize("read_path", PATHS)
+def test_neighbours_of_one_kind_are_tensors_of_their_own(read_path: ReadPath, tmp_path: Path) -> None:
+    """They are cut from one view; autograd and changes in place must not notice."""
+    neighbours = [entry(name, "F32", (rows, 3)) for name, rows in [("a", 2), ("b", 1), ("c", 4)]]
+    other = [
+        entry("d", "F32", ()),
+        entry("e", "F32", ()),
+        entry("f", "F32", (3, 4)),
+        entry("g", "I32", (3, 4)),
+    ]
+    (tmp_path / "model.safetensors").write_bytes(file_bytes([*neighbours, *other]))
+    tensors = load(tmp_path, read_path=read_path).tensors
+    before = {name: bits(tensor) for name, tensor in tensors.items()}
+    assert before == {one.name: one.data for one in [*neighbours, *other]}
+    assert all(tensor.is_contiguous() for tensor in tensors.values())
+    weight = torch.ones(3, requires_grad=True)
+    tensors["b"].mul_(weight).add_(1)
+    assert tensors["b"].requires_grad
+    assert not any(tensors[name].requires_grad for name in before if name != "b")
+    assert {name: bits(tensors[name]) for name in before if name != "b"} == {
+        name: value for name, value in before.items() if name != "b"
+    }
+
+
 def test_four_bit_tensors_that_torch_cannot_shape_come_as_bytes(tmp_path: Path) -> None:
     odd = entry("odd", "F4", (2, 3))
     (tmp_path / "model.safetensors").write_bytes(file_bytes([odd]))
