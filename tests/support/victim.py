@@ -21,8 +21,8 @@ from support.models import CHUNK, PATIENT, stage_small
 
 import headrace.cache
 from headrace.cache import chunkmap
+from headrace.cache import filling as fillings
 from headrace.cache import repair as repairing
-from headrace.cache import stager as stagers
 from headrace.cache.errors import HeadraceError
 from headrace.cache.origins import local, obstore, web
 from headrace.cache.stager import StagerLimits
@@ -33,7 +33,7 @@ ORIGINS = (local, obstore, web)  # imported here, so that no task has to
 
 
 def stage(task: dict[str, Any]) -> dict[str, Any]:
-    stagers._SYNC_AFTER = task.get("sync_after", stagers._SYNC_AFTER)
+    fillings._SYNC_AFTER = task.get("sync_after", fillings._SYNC_AFTER)
     limits = StagerLimits(span=task.get("span", CHUNK), connections=task.get("connections", 4), reserve=0)
     report = stage_small(task["reference"], Path(task["root"]), workers=task.get("workers", 1), limits=limits)
     return {"snapshot": report.snapshot, "sources": report.sources}

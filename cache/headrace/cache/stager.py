@@ -1,9 +1,7 @@
 """The stager: fills the objects of one snapshot, chunk by chunk, verified, and links it.
 
-Several stagers (threads, processes, worker processes of one run) may work on the same snapshot: every
-chunk is claimed by a kernel lock before it is fetched, so each is fetched once, and again only after its
-request has failed; when a stager dies its claims die with it, and the others, who poll, take over. Order
-is the manifest's, so that whole tensors are there early; what a reader waits for goes first.
+It opens the objects, takes what is on this disk, completes what is full and links it. In between the chunks come:
+alone from the origin (see `fetching`), or with other nodes (see `swarm`).
 
 Crash story: `object` and `snapshot` hold it; the stager itself keeps no state on disk.
 """
@@ -14,19 +12,18 @@ import asyncio
 import hashlib
 import os
 import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar
+from dataclasses import dataclass
+from typing import TypeVar
 
 from headrace.cache import disk, reuse
 from headrace.cache import object as objects
 from headrace.cache.chunkmap import ABSENT
-from headrace.cache.digest import Hasher, hasher
 from headrace.cache.durable import sync_dir
 from headrace.cache.errors import HeadraceError, IntegrityError, Interrupted, NoSpace, StoreError
-from headrace.cache.growth import ConnectionGrowth
+from headrace.cache.fetching import Bringing, Fetching, Pools
+from headrace.cache.filling import ChunkSink, Filling
 from headrace.cache.manifest import Manifest, ManifestFile
 from headrace.cache.object import ObjectFolder, ObjectSpec, ObjectWriter
 from headrace.cache.origins import RetryingOrigin
@@ -36,9 +33,6 @@ from headrace.cache.sources import ChunkSource, LocalSource, OriginSource
 from headrace.cache.store import Domain, Store
 from headrace.cache.threads import to_its_end
 
-if TYPE_CHECKING:
-    from typing_extensions import Buffer
-
 _POLL_FIRST, _POLL_MOST = 0.002, 0.1
 _SAMPLE = 0.5
 _TICK = 0.01
@@ -46,8 +40,6 @@ _TICK = 0.01
 # lock from each other (measured from nginx, 2 cores: 1.07 GB/s with 2 threads, 0.85 with 8).
 _THREADS = max(2, min(8, len(os.sched_getaffinity(0))))
 _SYNCS = 2
-_SYNC_AFTER = 30.0
-_CORRUPT_TRIES = 3
 _MARGIN = 1 << 20
 
 T = TypeVar("T")
@@ -66,48 +58,6 @@ class StagerLimits:
     span: int = 16 << 20
     connections: int = 16
     reserve: int = 64 << 20
-
-
-@dataclass
-class _Filling:
-    """An object that this stager fills: the first file of the manifest with its content."""
-
-    file: ManifestFile
-    writer: ObjectWriter
-    flying: set[int] = field(default_factory=set)
-    cursor: int = 0
-    syncing: bool = False
-    synced: float = field(default_factory=time.monotonic)
-    settled: bool = False
-    checked: bool = False
-    completing: bool = False
-    done: bool = False
-    tries: dict[int, int] = field(default_factory=dict)
-    elsewhere: bool = False
-    """Whether `data` was seen, which someone else has made, whatever the map says."""
-
-    @property
-    def full(self) -> bool:
-        """Every chunk is there. Asked all the time, so without a system call that lets go of the GIL."""
-        return self.elsewhere or self.writer.map.next_absent(0) < 0
-
-
-@dataclass(frozen=True, slots=True)
-class _Span:
-    """Claimed adjacent chunks [first, last) of one object, all from one source."""
-
-    filling: _Filling
-    first: int
-    last: int
-    source: ChunkSource
-
-
-class _Corrupt(Exception):
-    """A chunk whose digest does not fit."""
-
-    def __init__(self, index: int) -> None:
-        super().__init__(index)
-        self.index = index
 
 
 class Stager:
@@ -140,11 +90,9 @@ class Stager:
         self._progress = progress
         self._headers = headers or {}
         self._limits = limits or StagerLimits()
-        self._all: list[_Filling] = []
-        self._open: list[_Filling] = []
-        self._sources: list[ChunkSource] = [OriginSource(origin)]
-        self._growth = ConnectionGrowth(limit=self._limits.connections)
-        self._fetchers = 0
+        self._all: list[Filling] = []
+        self._open: list[Filling] = []
+        self._local: reuse.LocalChunks | None = None
         # Both end before any descriptor is closed. What waits for the disk has threads of its own.
         self._writing = ThreadPoolExecutor(_THREADS, "headrace-stager")
         self._syncing = ThreadPoolExecutor(_SYNCS, "headrace-sync")
@@ -215,7 +163,7 @@ class Stager:
                         raise
                     damaged.append((folder, folder.path.stat()))
                     continue
-                self._all.append(_Filling(file, writer))
+                self._all.append(Filling(file, writer))
                 self._progress.present += writer.present_bytes()
         return damaged
 
@@ -251,10 +199,9 @@ class Stager:
         for filling in self._open:
             self._use_header(filling)
         if any(f.file.chunks is not None for f in self._open):
-            chunks = reuse.LocalChunks(self._domain, self._manifest.algorithm)
-            self._sources.insert(0, LocalSource(chunks))
+            self._local = reuse.LocalChunks(self._domain, self._manifest.algorithm)
 
-    def _use_header(self, filling: _Filling) -> None:
+    def _use_header(self, filling: Filling) -> None:
         """The header chunk, which was read to find the grid, is not read again."""
         head = self._headers.get(filling.file.path)
         grid = filling.file.grid
@@ -264,7 +211,7 @@ class Stager:
         last = sum(1 for end in grid.offsets[1:] if end <= len(head))
         for index in range(last):
             if filling.writer.claim(index, index + 1):
-                sink = _ChunkSink(filling, index, self._progress, "origin")
+                sink = ChunkSink(filling, index, self._progress, "origin")
                 sink.put(memoryview(head)[slice(*grid.span(index, index + 1))])
                 filling.writer.release(index, index + 1)
 
@@ -275,142 +222,41 @@ class Stager:
             async with asyncio.TaskGroup() as group:
                 self._group = group
                 watch = group.create_task(self._watch())
-                self._grow()
+                bringing = self._bringing()
+                bringing.begin(group)
                 while self._open:
                     self._finish_full()
                     if any(not f.full for f in self._open):
                         # Also after a failed sync has returned chunks to absent.
-                        self._grow()
+                        bringing.go_on()
                     await asyncio.sleep(_TICK)
+                await bringing.end()
                 watch.cancel()
         except BaseExceptionGroup as errors:
             raise _first_error(errors) from None
 
-    def _grow(self) -> None:
-        while self._fetchers < self._growth.target:
-            self._fetchers += 1
-            self._group.create_task(self._fetcher())
-        self._progress.connections = self._growth.target
+    def _bringing(self) -> Bringing:
+        sources: list[ChunkSource] = [OriginSource(self._origin)]
+        if self._local is not None:
+            sources.insert(0, LocalSource(self._local))
+        return Fetching(
+            lambda: self._open,
+            sources,
+            self._progress,
+            Pools(self._writing, self._syncing, self._cancelled.set),
+            uri=self._manifest.uri,
+            span=self._limits.span,
+            connections=self._limits.connections,
+        )
 
     async def _watch(self) -> None:
-        """Sample throughput, and let the connections follow."""
-        before, moved = time.monotonic(), 0
+        """Notice what other stagers of this node bring."""
         while True:
             await asyncio.sleep(_SAMPLE)
-            now = time.monotonic()
             for filling in self._open:
                 filling.elsewhere = filling.writer.complete
             own = sum(self._progress.fetched.values())
             self._progress.present = sum(f.writer.present_bytes() for f in self._all) - own
-            if not any(f.flying for f in self._open):
-                before, moved = now, own
-            # A sample is fair when each connection has had the time to bring a span.
-            elif own - moved >= self._growth.target * self._limits.span:
-                self._growth.observe((own - moved) / (now - before))
-                self._grow()
-                before, moved = now, own
-
-    async def _fetcher(self) -> None:
-        delay = _POLL_FIRST
-        try:
-            while self._fetchers <= self._growth.target:
-                span = self._next_span()
-                if span is None:
-                    if all(f.full for f in self._open):
-                        return
-                    # Others hold the rest, or it is in flight here: look again soon, and take over.
-                    await asyncio.sleep(delay)
-                    delay = min(delay * 2, _POLL_MOST)
-                    continue
-                delay = _POLL_FIRST
-                await self._fetch(span)
-        finally:
-            self._fetchers -= 1
-
-    def _next_span(self) -> _Span | None:
-        for filling in self._open:
-            for index in list(filling.writer.map.wanted()):
-                if index not in filling.flying and (span := self._claim(filling, index)):
-                    return span
-        for filling in self._open:
-            chunk_map = filling.writer.map
-            index = chunk_map.next_absent(filling.cursor)
-            while index >= 0:
-                if index in filling.flying:
-                    index = chunk_map.next_absent(index + 1)
-                    continue
-                if span := self._claim(filling, index):
-                    return span
-                index = chunk_map.next_absent(index + 1)
-            filling.cursor = 0
-        return None
-
-    def _claim(self, filling: _Filling, first: int) -> _Span | None:
-        """Claim as many adjacent chunks as one request may bring, or at least the first."""
-        writer, file = filling.writer, filling.file
-        source = self._source_of(file, first, filling.tries.get(first, 0))
-        lengths = file.grid.lengths
-        end = writer.map.absent_run(first, len(lengths))
-        last, size = first + 1, lengths[first]
-        while (
-            last < end
-            and last not in filling.flying
-            and size + lengths[last] <= self._limits.span
-            and self._source_of(file, last, filling.tries.get(last, 0)) is source
-        ):
-            size += lengths[last]
-            last += 1
-        for stop in dict.fromkeys((last, first + 1)):
-            if writer.claim(first, stop):
-                filling.flying.update(range(first, stop))
-                filling.cursor = first
-                return _Span(filling, first, stop, source)
-        return None
-
-    def _source_of(self, file: ManifestFile, index: int, failed: int) -> ChunkSource:
-        """The cheapest source that has the chunk; after a failure only the last, the origin."""
-        if failed:
-            return self._sources[-1]
-        return next(s for s in self._sources if s.has(file, index))
-
-    async def _fetch(self, span: _Span) -> None:
-        filling = span.filling
-        sink = _ChunkSink(filling, span.first, self._progress, span.source.name)
-        try:
-            await span.source.read_to(filling.file, span.first, span.last, sink.put, self._writing)
-        except _Corrupt as bad:
-            self._count_corrupt(filling, bad.index)
-        except HeadraceError:
-            # A cheaper source may fail; the origin's word is final.
-            if span.source is self._sources[-1]:
-                raise
-            for index in range(span.first, span.last):
-                filling.tries[index] = filling.tries.get(index, 0) + 1
-        finally:
-            filling.writer.release(span.first, span.last)
-            filling.flying.difference_update(range(span.first, span.last))
-            filling.cursor = min(filling.cursor, span.first)
-        await self._sync_sometimes(filling)
-
-    def _count_corrupt(self, filling: _Filling, index: int) -> None:
-        filling.tries[index] = filling.tries.get(index, 0) + 1
-        if filling.tries[index] >= _CORRUPT_TRIES:
-            start, stop = filling.file.grid.span(index, index + 1)
-            raise IntegrityError(
-                f"{self._manifest.uri}/{filling.file.path}: chunk {index} (bytes {start} to {stop}) does not have the "
-                f"digest of the manifest, {_CORRUPT_TRIES} times: publish the model again, or repair the origin."
-            )
-
-    async def _sync_sometimes(self, filling: _Filling) -> None:
-        """What a power loss may cost is half a minute's work, as with any other file."""
-        now = time.monotonic()
-        if filling.syncing or now - filling.synced < _SYNC_AFTER:
-            return
-        filling.syncing = True
-        try:
-            await self._in_thread(filling.writer.sync)
-        finally:
-            filling.syncing, filling.synced = False, now
 
     # -- completing
 
@@ -432,14 +278,14 @@ class Stager:
                     filling.completing = True
                     self._group.create_task(self._complete(filling))
 
-    async def _settle(self, filling: _Filling) -> None:
+    async def _settle(self, filling: Filling) -> None:
         # Another stager that has everything may complete it meanwhile.
         filling.writer.leave()
         if filling.file.digest is not None and filling.file.chunks is None:
             await self._in_thread(self._check_whole, filling)
         filling.checked = filling.settled
 
-    async def _complete(self, filling: _Filling) -> None:
+    async def _complete(self, filling: Filling) -> None:
         writer, file = filling.writer, filling.file
         delay = _POLL_FIRST
         while not await self._in_thread(writer.try_complete):
@@ -452,7 +298,7 @@ class Stager:
             await self._in_thread(self._share, filling)
         filling.done = True
 
-    def _check_whole(self, filling: _Filling) -> None:
+    def _check_whole(self, filling: Filling) -> None:
         """The publisher's digest of the whole file, where there are no chunk digests."""
         state = hashlib.sha256()
         for start in range(0, filling.file.size, 8 << 20):
@@ -467,49 +313,12 @@ class Stager:
             f"nothing of it was kept; stage again, and if that fails again, the origin serves wrong bytes."
         )
 
-    def _share(self, filling: _Filling) -> None:
+    def _share(self, filling: Filling) -> None:
         """The same bytes under another URI become the same inode."""
         writer = filling.writer
         other = reuse.equal_object(self._domain, writer.folder, writer.spec, self._go_on)
         if other is not None:
             objects.share(writer.folder, other)
-
-
-class _ChunkSink:
-    """Takes a span's bytes in order, and writes, hashes and marks chunk by chunk. Runs in threads."""
-
-    def __init__(self, filling: _Filling, first: int, progress: Progress, source: str) -> None:
-        self._writer = filling.writer
-        self._expected: Sequence[str] | None = filling.file.chunks
-        self._grid = filling.file.grid
-        self._index = first
-        self._offset = self._grid.offsets[first]
-        self._progress = progress
-        self._source = source
-        self._state: Hasher = hasher(self._writer.spec.algorithm)
-
-    def put(self, piece: Buffer) -> None:
-        """Raises _Corrupt at the first chunk that is wrong; chunks before it are marked."""
-        view = memoryview(piece).cast("B")
-        while view:
-            end = self._grid.offsets[self._index + 1]
-            # As large as it came: large writes make large folios, which a later mmap is glad of.
-            part = view[: end - self._offset]
-            self._state.update(part)
-            self._writer.write(part, self._offset)
-            self._offset += len(part)
-            view = view[len(part) :]
-            if self._offset == end:
-                self._finish_chunk()
-
-    def _finish_chunk(self) -> None:
-        digest = self._state.digest()
-        if self._expected is not None and digest.hex() != self._expected[self._index]:
-            raise _Corrupt(self._index)
-        self._writer.mark(self._index, digest)
-        self._progress.add(self._source, self._grid.lengths[self._index])
-        self._index += 1
-        self._state = hasher(self._writer.spec.algorithm)
 
 
 def _first_error(errors: BaseExceptionGroup[BaseException]) -> BaseException:
