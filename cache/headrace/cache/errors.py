@@ -184,13 +184,14 @@ class PeerError(ClusterError):
 
 
 class PeerBusy(PeerError):
-    """`retry_after` is how many seconds the peer asks to wait."""
+    """`retry_after` is how many seconds the peer asks to wait, `queue` how many uploads it had under way."""
 
     exit_code = 53
 
-    def __init__(self, message: str, retry_after: float = 0.0) -> None:
+    def __init__(self, message: str, retry_after: float = 0.0, queue: int = 0) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+        self.queue = queue
 
 
 class PeerMissing(PeerError):

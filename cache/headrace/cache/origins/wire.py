@@ -9,35 +9,25 @@ usual client, and with it TLS, proxies and redirects.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import http.client
-import mmap
 import socket
-import struct
-import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
 from urllib.parse import urlsplit
 
 from headrace.cache.errors import OriginUnavailable
 from headrace.cache.origins import translate
 from headrace.cache.origins.options import OriginOptions
+from headrace.cache.receiving import Blocks, Put, connect, receive
 from headrace.cache.threads import to_its_end
-
-BLOCK = 1 << 20
-"""Bytes handed on at once: about a core's second-level cache (256 KiB cost half as much again, 4 MiB a tenth)."""
 
 _ERROR_BODY = 64 << 10
 _IN_HAND = 8192  # what reading the headers may have taken of the body
 
 Accept = Callable[[http.client.HTTPMessage], None]
 """Looks at the headers of an answer."""
-
-Put = Callable[[memoryview], None]
-"""Takes the next bytes; they change once it has returned."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +74,7 @@ class Wire:
         self._options = options
         self._threads = ThreadPoolExecutor(connections, "headrace-wire")
         self._idle: dict[tuple[str, int], list[http.client.HTTPConnection]] = {}
-        self._memory = threading.local()
+        self._blocks = Blocks()
 
     async def get(self, target: Target, start: int, stop: int, accept: Accept, put: Put) -> None:
         """Bring the bytes [start, stop) to `put`, in order, in blocks that end at multiples of `BLOCK`.
@@ -133,20 +123,12 @@ class Wire:
                 idle.pop().close()
 
     async def _connect(self, place: tuple[str, int]) -> http.client.HTTPConnection:
-        loop = asyncio.get_running_loop()
         host, port = place
+        options = self._options
         try:
-            async with asyncio.timeout(self._options.connect_timeout):
-                addresses = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-                connected = await _first(addresses)
+            connected = await connect(host, port, options.connect_timeout, options.stall_timeout)
         except OSError as error:
             raise Declined from error  # the usual client has the words for why not
-        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        # While the body comes the kernel itself waits, for a block at a time.
-        seconds, rest = divmod(self._options.stall_timeout, 1)
-        connected.setsockopt(
-            socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", int(seconds), int(rest * 1e6))
-        )
         connection = http.client.HTTPConnection(host, port)
         connection.sock = connected
         return connection
@@ -154,36 +136,8 @@ class Wire:
     async def _run(self, transfer: _Transfer, path: str, headers: Mapping[str, str]) -> None:
         transfer.connection.sock.settimeout(self._options.first_byte_timeout)
         await to_its_end(
-            self._threads, lambda: transfer.run(path, headers, self._block()), cancel=transfer.cancel
+            self._threads, lambda: transfer.run(path, headers, self._blocks.mine()), cancel=transfer.cancel
         )
-
-    def _block(self) -> memoryview:
-        """This thread's block, in one huge page."""
-        block: memoryview | None = getattr(self._memory, "block", None)
-        if block is None:
-            pages = mmap.mmap(-1, 2 * BLOCK)
-            pages.madvise(mmap.MADV_HUGEPAGE)
-            block = self._memory.block = memoryview(pages)[:BLOCK]
-        return block
-
-
-async def _first(addresses: Sequence[tuple[Any, ...]]) -> socket.socket:
-    """A connection to the first address that takes one."""
-    failed: OSError | None = None
-    for family, kind, protocol, _, address in addresses:
-        sock = socket.socket(family, kind, protocol)
-        sock.setblocking(False)
-        try:
-            await asyncio.get_running_loop().sock_connect(sock, address)
-        except OSError as error:
-            sock.close()
-            failed = error
-        except BaseException:
-            sock.close()
-            raise
-        else:
-            return sock
-    raise failed or OSError("the name has no address")
 
 
 class _Transfer:
@@ -216,7 +170,7 @@ class _Transfer:
             if not first:
                 raise http.client.IncompleteRead(b"")
             sock.settimeout(None)
-            self._receive(sock, block, first)
+            receive(sock, block, first, self._start, self._stop, self._put)
             self.reusable = not answer.will_close
 
     def _check(self, answer: http.client.HTTPResponse) -> None:
@@ -229,32 +183,3 @@ class _Transfer:
         if answer.length != self._stop - self._start:
             raise Declined
         self._accept(answer.headers)
-
-    def _receive(self, sock: socket.socket, block: memoryview, first: bytes) -> None:
-        position, have = self._start, len(first)
-        block[:have] = first
-        while position < self._stop:
-            want = min(self._stop - position, BLOCK - position % BLOCK)
-            while have < want:
-                have += _fill(sock, block[have:want])
-            self._put(block[:want])
-            have -= want
-            if have:
-                block[:have] = bytes(block[want : want + have])
-            position += want
-
-
-def _fill(sock: socket.socket, memory: memoryview) -> int:
-    """As many bytes as come before the connection is silent for too long, or all.
-
-    Raises:
-        TimeoutError: none came.
-        IncompleteRead: the server, or `cancel`, closed the connection.
-    """
-    try:
-        count = sock.recv_into(memory, 0, socket.MSG_WAITALL)
-    except BlockingIOError as error:  # how SO_RCVTIMEO shows
-        raise TimeoutError from error
-    if not count:
-        raise http.client.IncompleteRead(b"")
-    return count
