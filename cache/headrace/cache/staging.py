@@ -11,7 +11,7 @@ import os
 import subprocess
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from headrace.cache import archive, config
@@ -196,11 +196,19 @@ def run(job: StagingJob) -> StageReport:
 
 
 def open_for_loading(
-    reference: str, *, root: str | None = None, domain: str | None = None, progress: Progress | None = None
+    reference: str,
+    *,
+    root: str | None = None,
+    domain: str | None = None,
+    progress: Progress | None = None,
+    begin: Callable[[], StagingJob] | None = None,
 ) -> StoredSnapshot:
     """A reference as a loader's source, staged in the background as far as needed.
 
     Closing the source lets staging go on to its end in the background of this process.
+
+    Args:
+        begin: makes the job that stages it; None: one of this process.
 
     Raises:
         HeadraceError: it cannot be resolved, or the store not opened.
@@ -217,7 +225,7 @@ def open_for_loading(
                     f"{reference} is still being staged into {where!r}: wait for `headrace stage` to end."
                 )
             return StoredSnapshot(found, snapshot, name=reference)
-    job = StagingJob(StageRequest(reference, root, domain), progress).start()
+    job = (begin() if begin else StagingJob(StageRequest(reference, root, domain), progress)).start()
     try:
         opened = job.wait_prepared()
     except KeyboardInterrupt:

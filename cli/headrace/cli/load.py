@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from headrace.cli.invocation import Invocation, shared
+from headrace.cli.through_agent import agent_option
 from headrace.cli.units import count, show_seconds, show_size
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 )
 @click.option("--explain", is_flag=True, help="Say which read path was taken for each file, and why.")
 @click.option("--digest", is_flag=True, help="Compute the digest over all loaded tensors.")
+@agent_option
 @shared
 def command(
     call: Invocation,
@@ -60,11 +62,14 @@ def command(
     tp_plan: str | None,
     explain: bool,
     digest: bool,
+    alone: bool,
 ) -> None:
     """Load safetensors from a model reference, a folder or a file; bytes are read as they arrive."""
+    from headrace.cache.prepare import StageRequest
     from headrace.cache.progress import Progress
     from headrace.cli.display import displayed
     from headrace.cli.loading import load_model, share_of
+    from headrace.cli.through_agent import staging_job
 
     progress = Progress()
     # A folder or file is read where it is: nothing is staged, so there is nothing to watch.
@@ -81,6 +86,9 @@ def command(
             read_path=read_path,
             verify=verify,
             share=share_of(rank, world, tp_plan),
+            begin=lambda: staging_job(
+                call, StageRequest(source, call.root, call.domain), progress, alone=alone
+            ),
         )
     result: dict[str, Any] = outcome.stats.as_json()
     if digest:

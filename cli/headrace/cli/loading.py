@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from headrace.cache.progress import Progress
 from headrace.cache.staging import open_for_loading
 
 if TYPE_CHECKING:
-    from headrace.cache.staging import StageReport
+    from headrace.cache.staging import StageReport, StagingJob
     from headrace.loader import Loaded, LoadStats
 
 
@@ -82,8 +82,12 @@ def load_model(
     read_path: str = "auto",
     verify: str = "auto",
     share: Share | None = None,
+    begin: Callable[[], StagingJob] | None = None,
 ) -> Outcome:
     """Load a model, then wait until all of it is staged.
+
+    Args:
+        begin: makes the job that stages it; None: one of this process.
 
     Raises:
         HeadraceError: as `headrace.loader.load`; Interrupted after Ctrl-C, when nothing runs any more.
@@ -98,7 +102,7 @@ def load_model(
         else:
             _check_torch()
             # Staging starts first: importing torch takes seconds in which chunks arrive.
-            opened = open_for_loading(source, root=root, domain=domain, progress=progress)
+            opened = open_for_loading(source, root=root, domain=domain, progress=progress, begin=begin)
             loader = _loader()
         slices = None if share is None else _slices(opened, share)
         opening = time.perf_counter() - begun

@@ -32,6 +32,8 @@ COMMANDS = {
     "verify": "verify",
     "import": "import_folder",
     "export": "export",
+    "agent": "agent",
+    "status": "status",
     "bench": "bench",
     "completion": "completion",
 }

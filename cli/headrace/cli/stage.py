@@ -10,6 +10,7 @@ import click
 
 from headrace.cache.errors import UsageError
 from headrace.cli.invocation import Invocation, shared, size_option
+from headrace.cli.through_agent import agent_option, staging_job
 from headrace.cli.units import count, show_seconds, show_size
 
 if TYPE_CHECKING:
@@ -32,18 +33,21 @@ if TYPE_CHECKING:
 @click.option("--algorithm", type=click.Choice(["xxh3-128", "blake3"]), help="Chunk digests, likewise.")
 @click.option("--connections", type=click.IntRange(1), help="At most so many requests at once, per worker.")
 @click.option("--stream", is_flag=True, help="Stage no weights now: DST says where they come from.")
+@agent_option
 @shared
 def command(
-    call: Invocation, paths: tuple[str, ...], keys: tuple[str, ...], stream: bool, **options: Any
+    call: Invocation, paths: tuple[str, ...], keys: tuple[str, ...], stream: bool, alone: bool, **options: Any
 ) -> None:
     """Stage model references, verified, onto local disk.
 
     With a DST the files also appear in that folder (reflink, else copy): SRC and DST in turn, as a
     KServe storage initializer gets them. With --stream the DST gets the small files only, and the
     loader of the program that opens it stages the weights while it loads them.
+
+    Where the node's agent is there for this user, with the same store, it does the work.
     """
     from headrace.cache.progress import Progress
-    from headrace.cache.staging import StagingJob, run
+    from headrace.cache.staging import run
     from headrace.cli.display import displayed
 
     pairs = list(_pairs(paths))
@@ -58,7 +62,7 @@ def command(
             lines.append(line)
             continue
         with displayed(call, source, progress):
-            report = run(StagingJob(request, progress))
+            report = run(staging_job(call, request, progress, alone=alone))
         entry = fields(report)
         if destination is not None:
             _deliver(call, report, destination)

@@ -1,1 +1,1 @@
-"""Reserved: this portion of headrace comes with the node agent."""
+"""The node's agent: stages for others on this node, serves other nodes, and watches over its processes."""
