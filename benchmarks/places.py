@@ -20,6 +20,7 @@ from pathlib import Path
 from benchmarks.cgroup import io_group, io_throttling
 from benchmarks.fuse_files import served
 from support.mounts import image, tmpfs
+from support.page_cache import kept
 
 from headrace.loader.memory import resident
 
@@ -109,7 +110,7 @@ def on_fast_device(scratch: Path, size: int, write: WriteModel) -> Iterator[Plac
             write(mounted / "model")
             _settle(mounted / "model")
             backing = point.with_suffix(".img")
-            with kept([backing], fill_large):
+            with filled([backing], fill_large):
                 yield Place(mounted / "model", backing=backing)
     finally:
         point.with_suffix(".img").unlink(missing_ok=True)
@@ -145,7 +146,7 @@ def on_fuse(scratch: Path, size: int, write: WriteModel) -> Iterator[Place]:
     write(behind)
     _settle(behind)
     try:
-        with kept(sorted(behind.iterdir()), fill_large), served(behind, scratch / "fuse") as mounted:
+        with filled(sorted(behind.iterdir()), fill_large), served(behind, scratch / "fuse") as mounted:
             yield Place(mounted, counted=False)
     finally:
         shutil.rmtree(behind)
@@ -239,15 +240,12 @@ def fill_half(paths: Sequence[Path]) -> None:
 
 
 @contextmanager
-def kept(paths: Sequence[Path], fill: Callable[[Sequence[Path]], None]) -> Iterator[None]:
-    """Fill the page cache with these files, and map them for as long: a machine that gives memory back to its
-    host may drop clean pages that nobody maps within seconds, between filling and reading them."""
+def filled(paths: Sequence[Path], fill: Callable[[Sequence[Path]], None]) -> Iterator[None]:
+    """Fill the page cache with these files, and keep them there."""
     with ExitStack() as mappings:
         for path in paths:
             fill([path])
-            with _opened(path) as descriptor:
-                flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
-                mappings.enter_context(mmap.mmap(descriptor, 0, flags=flags, prot=mmap.PROT_READ))
+            mappings.enter_context(kept(path))
         yield
 
 
@@ -309,7 +307,7 @@ def bring(place: Place, state: State, *, anew: bool = False) -> float:
         place.keeping.close()
         drop(files)
         if state.fill is not None and state.once:
-            place.keeping.enter_context(kept(files, state.fill))
+            place.keeping.enter_context(filled(files, state.fill))
         elif state.fill is not None:
             state.fill(files)
         part = held(files)

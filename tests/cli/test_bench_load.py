@@ -174,7 +174,7 @@ def test_what_is_kept_in_the_page_cache_stays_there(tmp_path: Path) -> None:
         "from benchmarks import places\n"
         "files = [Path(sys.argv[1])]\n"
         "places._settle(files[0].parent)\n"
-        "with places.kept(files, places.fill_large):\n"
+        "with places.filled(files, places.fill_large):\n"
         "    places.drop(files)\n"
         "    assert places.held(files) == 1.0\n"
         "places.drop(files)\n"

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from support.filling_source import FillingSource
 from support.mounts import needs_root, tmpfs
-from support.page_cache import device_bytes, drop
+from support.page_cache import device_bytes, drop, kept
 from support.safetensors_files import entry, file_bytes
 from support.tensors import bits
 
@@ -74,8 +74,8 @@ def expected_of(folder: Path) -> dict[str, bytes]:
 
 
 def test_what_is_in_the_page_cache_is_mapped(model: Path) -> None:
-    arrange(model / "model.safetensors", 1.0)
-    loaded = load(model)
+    with kept(model / "model.safetensors"):
+        loaded = load(model)
     assert loaded.stats.read_path == "mapped"
     assert loaded.stats.explain == ("model.safetensors: mapped: all of it is in the page cache",)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.page_cache import kept
 from support.ranks import Ended, Team
 from support.safetensors_files import Entry, write_sharded
 
@@ -73,8 +74,8 @@ def make_cold(model: Path) -> None:
 
 
 def load_cold(team: Team, store: Path, model: Path, count: int, **task: Any) -> list[Ended]:
-    """Load what is not in memory. Again, if something else came off the disk too: the libraries' own code does,
-    when it runs for the first time, and is counted with the rest."""
+    """Load what is not in memory. Again, if something else came off the disk too: Python's modules do, when they
+    are imported for the first time, and are counted with the rest."""
     for _ in range(3):
         make_cold(model)
         ended = team.load(store, model, count, **task)
@@ -122,9 +123,8 @@ def test_direct_reads_are_broadcast_and_each_byte_is_read_once(
 
 
 def test_ranks_that_load_a_warm_model_read_nothing(team: Team, model: Path, digest: str, store: Path) -> None:
-    for shard in SHARDS:
-        (model / shard).read_bytes()
-    ended = team.load(store, model, 2)
+    with kept(*(model / shard for shard in SHARDS)):
+        ended = team.load(store, model, 2)
     assert said(ended, "digest") == [digest] * 2
     assert sum(said(ended, "disk")) < 0.02 * size_of(model)
     assert said(ended, "read_path") == ["mapped"] * 2

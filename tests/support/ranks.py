@@ -22,6 +22,7 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 from support.host_device import HostDevice
+from support.page_cache import keep_code
 
 from headrace.cache.errors import HeadraceError
 from headrace.loader import Ranks, Rule, SlicePlan, Split, load, stream
@@ -235,6 +236,7 @@ def wait(tasks: Sequence[dict[str, Any]], running: list[tuple[int, int]]) -> lis
 
 
 def main() -> None:
+    keep_code()  # what ranks read from disks shall be the model
     running: list[tuple[int, int]] = []
     try:
         for line in sys.stdin:
