@@ -1,7 +1,8 @@
 """A value that is found out once per cluster: one node asks, the others wait for what it finds.
 
 The right to ask is a lease that its owner renews. A node that dies while it asks blocks the others for at most
-one lease; one whose question fails gives the right to the next.
+one lease; one whose question fails gives the right to the next. Where the notes cannot be reached each node asks for
+itself.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ import asyncio
 import random
 import secrets
 import time
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
 from typing import Protocol
+
+from headrace.cache.errors import TrackerUnavailable
 
 FIRST_WAIT = 0.02
 LONGEST_WAIT = 0.5
@@ -25,14 +28,16 @@ class Notes(Protocol):
     async def remember(self, key: str, value: bytes, seconds: float) -> None: ...
 
     async def recall_aged(self, key: str) -> tuple[bytes, float] | None:
-        """The value, and how many seconds ago it was remembered."""
+        """The value, and how many seconds ago it was remembered. Raises TrackerUnavailable."""
         ...
 
     async def lock(self, key: str, token: str, seconds: float) -> bool:
-        """Take the right, or keep it: False when another token has it."""
+        """Take the right, or keep it: False when another token has it. Raises TrackerUnavailable."""
         ...
 
-    async def unlock(self, key: str, token: str) -> None: ...
+    async def unlock(self, key: str, token: str) -> None:
+        """Raises TrackerUnavailable."""
+        ...
 
 
 async def once(
@@ -45,32 +50,55 @@ async def once(
     """
     begun = time.monotonic()
     token = secrets.token_hex(8)
-    wait = FIRST_WAIT
-    while True:
-        found = await notes.recall_aged(key)
-        if found is not None and found[1] <= max(max_age, time.monotonic() - begun):
-            return found[0]
-        if await notes.lock(key, token, lease):
-            break
-        await asyncio.sleep(wait * (0.5 + random.random()))
-        wait = min(wait * 2, LONGEST_WAIT)
-    renewal = asyncio.create_task(_renew(notes, key, token, lease))
     try:
-        # Another node may have found it between our look and our lock.
-        found = await notes.recall_aged(key)
-        if found is not None and found[1] <= max(max_age, time.monotonic() - begun):
-            return found[0]
+        found = await _wait(notes, key, max_age, begun, token, lease)
+    except TrackerUnavailable:
+        return await ask()
+    if found is not None:
+        return found
+    async with _kept(notes, key, token, lease):
         value = await ask()
         await notes.remember(key, value, max(max_age, lease))
         return value
+
+
+async def _wait(
+    notes: Notes, key: str, max_age: float, begun: float, token: str, lease: float
+) -> bytes | None:
+    """A value that is young enough, or None together with the right to ask."""
+    wait = FIRST_WAIT
+    mine = False
+    while True:
+        found = await notes.recall_aged(key)
+        if found is not None and found[1] <= max(max_age, time.monotonic() - begun):
+            if mine:
+                await notes.unlock(key, token)
+            return found[0]
+        if mine:
+            return None
+        # Another node may have found it between our look and our lock: look once more with the right in hand.
+        mine = await notes.lock(key, token, lease)
+        if not mine:
+            await asyncio.sleep(wait * (0.5 + random.random()))
+            wait = min(wait * 2, LONGEST_WAIT)
+
+
+@asynccontextmanager
+async def _kept(notes: Notes, key: str, token: str, lease: float) -> AsyncIterator[None]:
+    """The right, renewed in here and given back at the end."""
+
+    async def renew() -> None:
+        while True:
+            await asyncio.sleep(lease / 3)
+            with suppress(TrackerUnavailable):
+                await notes.lock(key, token, lease)
+
+    renewal = asyncio.create_task(renew())
+    try:
+        yield
     finally:
         renewal.cancel()
         with suppress(asyncio.CancelledError):
             await renewal
-        await notes.unlock(key, token)
-
-
-async def _renew(notes: Notes, key: str, token: str, lease: float) -> None:
-    while True:
-        await asyncio.sleep(lease / 3)
-        await notes.lock(key, token, lease)
+        with suppress(TrackerUnavailable):
+            await notes.unlock(key, token)

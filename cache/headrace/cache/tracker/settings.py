@@ -48,7 +48,7 @@ class TrackerSettings:
     key: str | None = None
     lease: float = 10.0
     lifetime: float = 3600.0
-    timeout: float = 1.0
+    timeout: float = 2.0
 
     def __post_init__(self) -> None:
         """Raises UsageError for what cannot be meant."""
