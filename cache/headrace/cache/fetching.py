@@ -19,8 +19,10 @@ from headrace.cache.errors import HeadraceError
 from headrace.cache.filling import ChunkSink, Corrupt, Filling
 from headrace.cache.growth import ConnectionGrowth
 from headrace.cache.manifest import ManifestFile
+from headrace.cache.pace import Pace
 from headrace.cache.progress import Progress
 from headrace.cache.sources import ChunkSource
+from headrace.cache.threads import stoppable
 
 _POLL_FIRST, _POLL_MOST = 0.002, 0.1
 _SAMPLE = 0.5
@@ -80,6 +82,7 @@ class Fetching:
         uri: str | None,
         span: int,
         connections: int,
+        pace: Pace | None = None,
     ) -> None:
         """
         Args:
@@ -88,6 +91,7 @@ class Fetching:
             uri: of the model, for messages.
             span: bytes that are claimed and read at once.
             connections: never more than this many reads at once.
+            pace: how fast; None: as fast as it goes.
         """
         self._fillings = fillings
         self._sources = sources
@@ -95,6 +99,7 @@ class Fetching:
         self._pools = pools
         self._uri = uri
         self._span = span
+        self._pace = pace
         self._growth = ConnectionGrowth(limit=connections)
         self._fetchers = 0
 
@@ -188,9 +193,10 @@ class Fetching:
 
     async def _fetch(self, span: _Span) -> None:
         filling = span.filling
-        sink = ChunkSink(filling, span.first, self._progress, span.source.name)
+        sink = ChunkSink(filling, span.first, self._progress, span.source.name, self._pace)
         try:
-            await span.source.read_to(filling.file, span.first, span.last, sink.put, self._pools.writing)
+            reading = span.source.read_to(filling.file, span.first, span.last, sink.put, self._pools.writing)
+            await (reading if self._pace is None else stoppable(reading, sink.stop))
         except Corrupt as bad:
             filling.count_corrupt(bad.index, self._uri)
         except HeadraceError:

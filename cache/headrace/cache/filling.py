@@ -15,6 +15,7 @@ from headrace.cache.digest import Hasher, hasher
 from headrace.cache.errors import IntegrityError
 from headrace.cache.manifest import ManifestFile
 from headrace.cache.object import ObjectWriter
+from headrace.cache.pace import Pace
 from headrace.cache.progress import Progress
 from headrace.cache.threads import to_its_end
 
@@ -42,6 +43,8 @@ class Filling:
     completing: bool = False
     done: bool = False
     tries: dict[int, int] = field(default_factory=dict)
+    complete: bool = False
+    """Whether it was complete when it was opened: then the map need not say so."""
     elsewhere: bool = False
     """Whether `data` was seen, which someone else has made, whatever the map says."""
 
@@ -96,10 +99,24 @@ class Corrupt(Exception):
         self.index = index
 
 
-class ChunkSink:
-    """Takes adjacent chunks' bytes in order, and writes, hashes and marks chunk by chunk. Runs in threads."""
+class Stopped(Exception):
+    """Nobody wants the rest of these bytes."""
 
-    def __init__(self, filling: Filling, first: int, progress: Progress, source: str) -> None:
+
+class ChunkSink:
+    """Takes adjacent chunks' bytes in order, and writes, hashes and marks chunk by chunk. Runs in threads.
+
+    `stop` may be called from any thread: what is still put raises Stopped, also when it waits for its pace.
+    """
+
+    def __init__(
+        self, filling: Filling, first: int, progress: Progress, source: str, pace: Pace | None = None
+    ) -> None:
+        """
+        Args:
+            first: the first chunk that is put.
+            source: a key of `Progress.fetched`.
+        """
         self._writer = filling.writer
         self._expected = filling.file.chunks
         self._grid = filling.file.grid
@@ -107,27 +124,43 @@ class ChunkSink:
         self._offset = self._grid.offsets[first]
         self._progress = progress
         self._source = source
+        self._pace = pace
+        self._stopped = False
         self._state: Hasher = hasher(self._writer.spec.algorithm)
+
+    def stop(self) -> None:
+        self._stopped = True
 
     def put(self, piece: Buffer) -> None:
         """Raises Corrupt at the first chunk that is wrong; chunks before it are marked."""
         view = memoryview(piece).cast("B")
+        if self._pace is not None and not self._pace.take(self._source, len(view), lambda: self._stopped):
+            raise Stopped
         while view:
             end = self._grid.offsets[self._index + 1]
             # As large as it came: large writes make large folios, which a later mmap is glad of.
             part = view[: end - self._offset]
             self._state.update(part)
-            self._writer.write(part, self._offset)
+            self._write(part)
             self._offset += len(part)
             view = view[len(part) :]
             if self._offset == end:
                 self._finish_chunk()
 
+    def _write(self, part: Buffer) -> None:
+        self._writer.write(part, self._offset)
+
     def _finish_chunk(self) -> None:
         digest = self._state.digest()
-        if self._expected is not None and digest.hex() != self._expected[self._index]:
-            raise Corrupt(self._index)
-        self._writer.mark(self._index, digest)
-        self._progress.add(self._source, self._grid.lengths[self._index])
+        self._check(digest)
+        self._mark(digest)
         self._index += 1
         self._state = hasher(self._writer.spec.algorithm)
+
+    def _check(self, digest: bytes) -> None:
+        if self._expected is not None and digest.hex() != self._expected[self._index]:
+            raise Corrupt(self._index)
+
+    def _mark(self, digest: bytes) -> None:
+        self._writer.mark(self._index, digest)
+        self._progress.add(self._source, self._grid.lengths[self._index])

@@ -255,6 +255,10 @@ class ObjectWriter:
             return False
         return True
 
+    def claimed(self, first: int, last: int) -> bool:
+        """Whether another stager of this node has claimed any of the chunks [first, last)."""
+        return locks.is_locked(self._lock, first, last - first)
+
     def release(self, first: int, last: int) -> None:
         locks.unlock(self._lock, first, last - first)
 

@@ -10,6 +10,7 @@ import os
 import re
 import time
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from headrace.cache import config, signature, succession
 from headrace.cache.config import Config
@@ -26,6 +27,10 @@ from headrace.cache.selection import Skipped
 from headrace.cache.snapshot import Selection, Snapshot
 from headrace.cache.stager import StagerLimits
 from headrace.cache.store import Domain, Store
+
+if TYPE_CHECKING:
+    from headrace.cache.cluster import Cluster
+    from headrace.cache.resolution import SharedResolution
 
 _COMMIT = re.compile(r"^[0-9a-f]{40}$")
 _HOLD_TRIES = 10
@@ -85,8 +90,15 @@ async def prepare(
     reference: Reference,
     origin: Origin,
     progress: Progress,
+    *,
+    cluster: Cluster | None = None,
+    options: OriginOptions | None = None,
 ) -> Prepared:
     """Decide which snapshot a request means, and make its folder.
+
+    Args:
+        cluster: asks the origin once for all its nodes; None: this node asks for itself.
+        options: of the origin.
 
     Raises:
         HeadraceError: the origin refuses, or offers less than is required.
@@ -104,8 +116,9 @@ async def prepare(
                 return Prepared(snapshot, snapshot.manifest(), name, hold)
     elif age is None:
         progress.note(f"{name} was never resolved here, so the origin is asked once.")
-    try:
-        resolution = await resolve(
+
+    async def ask() -> Resolution:
+        return await resolve(
             origin,
             request.selection,
             chunk=request.chunk,
@@ -113,20 +126,60 @@ async def prepare(
             requirement=requirement,
             known=lambda plain: _stored(domain, plain),
         )
+
+    shared = None if cluster is None else _shared(cluster, domain, request, requirement, reference, options)
+    asked = time.time()
+    try:
+        if shared is None:
+            resolution = await ask()
+        else:
+            agreed = await shared.once(None if _immutable(reference) else age, ask, progress)
+            resolution, asked = agreed.resolution, agreed.resolved
     except (OriginUnavailable, OriginMisconfigured) as error:
         staged = domain.resolved(name, request.selection, complete=True)
-        if staged is None or not _satisfies(staged[0], requirement):
+        hold = staged[0].hold() if staged is not None and _satisfies(staged[0], requirement) else None
+        if staged is not None and hold is not None:
+            progress.note(f"the origin cannot be reached ({error}), so {name} is served as staged earlier.")
+            return Prepared(staged[0], staged[0].manifest(), name, hold)
+        last = None if shared is None else await shared.last()
+        if last is None:
             raise
-        hold = staged[0].hold()
-        if hold is None:
-            raise
-        progress.note(f"the origin cannot be reached ({error}), so {name} is served as staged earlier.")
-        return Prepared(staged[0], staged[0].manifest(), name, hold)
-    return _make(domain, store, request, name, resolution, progress)
+        progress.note(
+            f"the origin cannot be reached ({error}), so {name} is staged from other nodes, as they last found it."
+        )
+        resolution, asked = last.resolution, last.resolved
+    return _make(domain, store, request, name, resolution, asked, progress)
+
+
+def _shared(
+    cluster: Cluster,
+    domain: Domain,
+    request: StageRequest,
+    requirement: Requirement,
+    reference: Reference,
+    options: OriginOptions | None,
+) -> SharedResolution:
+    """The cluster's answer to this request: the same for all who would ask the origin the same."""
+    # Alone, nothing of the cluster is imported.
+    from headrace.cache.resolution import SharedResolution
+
+    endpoint = (options.endpoint if options is not None else None) or ""
+    key = (
+        *(reference.scheme, reference.location, reference.revision or "", endpoint),
+        *("include", *request.selection.include, "ignore", *request.selection.ignore),
+        *(str(request.chunk), request.algorithm),
+    )
+    return SharedResolution(cluster, domain.name, key, requirement)
 
 
 def _make(
-    domain: Domain, store: Store, request: StageRequest, name: str, resolution: Resolution, progress: Progress
+    domain: Domain,
+    store: Store,
+    request: StageRequest,
+    name: str,
+    resolution: Resolution,
+    resolved: float,
+    progress: Progress,
 ) -> Prepared:
     manifest = resolution.manifest
     previous = domain.resolved(name, request.selection)
@@ -151,7 +204,7 @@ def _make(
         snapshot.replace_manifest(manifest)
     else:
         manifest = stored
-    snapshot.add_name(name, request.selection)
+    snapshot.add_name(name, request.selection, resolved)
     return Prepared(snapshot, manifest, name, hold, resolution.skipped, resolution.headers)
 
 

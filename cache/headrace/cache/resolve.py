@@ -47,11 +47,13 @@ class Resolution:
         manifest: of the selected files, pinned.
         skipped: files that are not staged, and why.
         headers: bytes already read from the origin: the start of each safetensors file, by path.
+        whole: the signed manifest that `manifest` is a selection of, where it is one: what was signed.
     """
 
     manifest: Manifest
     skipped: tuple[Skipped, ...]
     headers: dict[str, bytes]
+    whole: Manifest | None = None
 
 
 async def resolve(
@@ -110,10 +112,13 @@ async def _from_published(origin: Origin, published: Manifest, wanted: Selection
                 f"it changed since it was published, so publish it again."
             )
     # The signature covers the whole manifest: a selection of it keeps none.
-    signatures = published.signatures if len(files) == len(published.files) else ()
+    all_of_it = len(files) == len(published.files)
+    signatures = published.signatures if all_of_it else ()
+    whole = published if published.signatures and not all_of_it else None
     pins = {path: f.pin for path, f in listed.items()}
     chosen_manifest = replace(published, files=files, signatures=signatures)
-    return Resolution(chosen_manifest.pinned(pins, listing.uri, listing.revision), tuple(skipped), {})
+    pinned = chosen_manifest.pinned(pins, listing.uri, listing.revision)
+    return Resolution(pinned, tuple(skipped), {}, whole)
 
 
 async def _listing_of(origin: Origin, files: tuple[ManifestFile, ...]) -> Listing:

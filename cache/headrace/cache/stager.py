@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from headrace.cache import disk, reuse
 from headrace.cache import object as objects
@@ -25,13 +25,18 @@ from headrace.cache.errors import HeadraceError, IntegrityError, Interrupted, No
 from headrace.cache.fetching import Bringing, Fetching, Pools
 from headrace.cache.filling import ChunkSink, Filling
 from headrace.cache.manifest import Manifest, ManifestFile
+from headrace.cache.numbering import Numbering
 from headrace.cache.object import ObjectFolder, ObjectSpec, ObjectWriter
 from headrace.cache.origins import RetryingOrigin
+from headrace.cache.pace import Pace
 from headrace.cache.progress import Progress
 from headrace.cache.snapshot import Snapshot
-from headrace.cache.sources import ChunkSource, LocalSource, OriginSource
+from headrace.cache.sources import LocalSource, OriginSource
 from headrace.cache.store import Domain, Store
 from headrace.cache.threads import to_its_end
+
+if TYPE_CHECKING:
+    from headrace.cache.cluster import Cluster
 
 _POLL_FIRST, _POLL_MOST = 0.002, 0.1
 _SAMPLE = 0.5
@@ -75,11 +80,15 @@ class Stager:
         headers: dict[str, bytes] | None = None,
         limits: StagerLimits | None = None,
         announce: Callable[[], None] = lambda: None,
+        pace: Pace | None = None,
+        cluster: Cluster | None = None,
     ) -> None:
         """
         Args:
             headers: bytes already read from the origin: the start of files, by path.
             announce: called when every object exists and can be opened for reading.
+            pace: how fast; None: as fast as it goes.
+            cluster: to exchange chunks with; None: it stages alone.
         """
         self._announce = announce
         self._store = store
@@ -90,6 +99,8 @@ class Stager:
         self._progress = progress
         self._headers = headers or {}
         self._limits = limits or StagerLimits()
+        self._pace = pace
+        self._cluster = cluster
         self._all: list[Filling] = []
         self._open: list[Filling] = []
         self._local: reuse.LocalChunks | None = None
@@ -194,7 +205,9 @@ class Stager:
             writer = filling.writer
             if not writer.full and reuse.adopt_twin(self._domain, filling.file, writer, self._go_on):
                 self._progress.add("local", filling.file.size, len(filling.file.grid))
-        self._open = [f for f in self._all if not f.writer.complete]
+        for filling in self._all:
+            filling.complete = filling.writer.complete
+        self._open = [f for f in self._all if not f.complete]
         self._reserve_space()
         for filling in self._open:
             self._use_header(filling)
@@ -236,18 +249,37 @@ class Stager:
             raise _first_error(errors) from None
 
     def _bringing(self) -> Bringing:
-        sources: list[ChunkSource] = [OriginSource(self._origin)]
-        if self._local is not None:
-            sources.insert(0, LocalSource(self._local))
-        return Fetching(
-            lambda: self._open,
-            sources,
+        origin = OriginSource(self._origin)
+        local = None if self._local is None else LocalSource(self._local)
+        pools = Pools(self._writing, self._syncing, self._cancelled.set)
+        if self._cluster is None:
+            return Fetching(
+                lambda: self._open,
+                [origin] if local is None else [local, origin],
+                self._progress,
+                pools,
+                uri=self._manifest.uri,
+                span=self._limits.span,
+                connections=self._limits.connections,
+                pace=self._pace,
+            )
+        # Alone, nothing of the cluster is imported.
+        from headrace.cache.swarm import Swarming
+        from headrace.cache.transfers import Content
+
+        content = Content(
+            self._domain.name,
+            self._manifest.uri,
+            Numbering.of(self._manifest, self._domain.name),
+            {f.writer.spec.id: f for f in self._all},
+            origin,
+            local,
             self._progress,
-            Pools(self._writing, self._syncing, self._cancelled.set),
-            uri=self._manifest.uri,
-            span=self._limits.span,
-            connections=self._limits.connections,
+            pools,
+            self._pace or Pace(),
+            self._limits.span,
         )
+        return Swarming(self._cluster, self._domain, self._manifest, content)
 
     async def _watch(self) -> None:
         """Notice what other stagers of this node bring."""

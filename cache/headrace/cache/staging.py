@@ -11,8 +11,10 @@ import os
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from headrace.cache import archive, config
 from headrace.cache.config import Config
@@ -28,7 +30,11 @@ from headrace.cache.selection import Skipped
 from headrace.cache.snapshot import Selection, Snapshot
 from headrace.cache.stager import Stager
 from headrace.cache.store import Domain, Store, default_root, may_write
-from headrace.cache.worker import end, spawn
+from headrace.cache.worker import Pacing, end, spawn
+
+if TYPE_CHECKING:
+    from headrace.cache.bandwidth import Class
+    from headrace.cache.cluster import Cluster, ClusterSettings
 
 _WORKER_WORTH = 4 << 30
 
@@ -64,15 +70,23 @@ class StagingJob:
     """
 
     def __init__(
-        self, request: StageRequest, progress: Progress | None = None, *, settings: Config | None = None
+        self,
+        request: StageRequest,
+        progress: Progress | None = None,
+        *,
+        settings: Config | None = None,
+        cluster: ClusterSettings | Callable[[], Cluster] | None = None,
     ) -> None:
         """
         Args:
             settings: the configuration; None: as `config.load` finds it.
+            cluster: how to take part in it, or what opens it, which is then called in the job's thread; None: alone.
         """
         self.request = request
         self.progress = progress or Progress()
         self.settings = settings
+        self.cluster = cluster
+        self.pacing = Pacing()
         self.opened: tuple[Domain, Snapshot] | None = None
         self._report: StageReport | None = None
         self._error: BaseException | None = None
@@ -81,6 +95,15 @@ class StagingJob:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._task: asyncio.Task[StageReport] | None = None
         self._thread = threading.Thread(target=self._main, name="headrace-staging", daemon=True)
+
+    def set_pace(self, of: Class, rates: Mapping[str, float | None]) -> None:
+        """Another class and other rates from now on; from any thread.
+
+        Args:
+            rates: bytes per second of the whole job by kind of traffic ("origin", "peers", "disk"); None, or not
+                named: no limit; 0: pause.
+        """
+        self.pacing.set(of, rates)
 
     def start(self) -> StagingJob:
         self._thread.start()
@@ -235,6 +258,11 @@ def open_for_loading(
 
 
 async def _stage(job: StagingJob) -> StageReport:
+    async with _cluster_of(job) as cluster:
+        return await _stage_with(job, cluster)
+
+
+async def _stage_with(job: StagingJob, cluster: Cluster | None) -> StageReport:
     request, progress = job.request, job.progress
     settings = job.settings or config.load()
     reference = parse(request.reference)
@@ -244,7 +272,17 @@ async def _stage(job: StagingJob) -> StageReport:
         domain = store.domain(request.domain or settings.domain)
         origin = open_origin(reference, options)
         try:
-            prepared = await prepare(domain, store, request, settings, reference, origin, progress)
+            prepared = await prepare(
+                domain,
+                store,
+                request,
+                settings,
+                reference,
+                origin,
+                progress,
+                cluster=cluster,
+                options=options,
+            )
             try:
                 snapshot, manifest = prepared.snapshot, prepared.manifest
                 whole = not archive.is_archive(manifest)
@@ -266,6 +304,7 @@ async def _stage(job: StagingJob) -> StageReport:
                     stager = Stager(
                         store, domain, snapshot, manifest, origin, progress,
                         headers=prepared.headers, limits=request.limits, announce=announce,
+                        pace=job.pacing.own, cluster=cluster,
                     )  # fmt: skip
                     await _with_workers(stager, store, domain, snapshot, reference, options, job, settings)
                 if not whole and derived is None:
@@ -301,6 +340,25 @@ async def _stage(job: StagingJob) -> StageReport:
     )
 
 
+@asynccontextmanager
+async def _cluster_of(job: StagingJob) -> AsyncIterator[Cluster | None]:
+    """What the job takes part in, if it does."""
+    if job.cluster is None:
+        yield None
+        return
+    if callable(job.cluster):
+        cluster = job.cluster()
+    else:
+        # Alone, nothing of the cluster is imported.
+        from headrace.cache.cluster import Cluster
+
+        cluster = Cluster.open(job.cluster)
+    try:
+        yield cluster
+    finally:
+        await cluster.close()
+
+
 async def _with_workers(
     stager: Stager,
     store: Store,
@@ -317,15 +375,20 @@ async def _with_workers(
         cores = len(os.sched_getaffinity(0))
         count = max(1, min(8, cores // 4)) if job.progress.total >= _WORKER_WORTH else 1
     workers: list[subprocess.Popen[str]] = []
+    cluster = None if callable(job.cluster) else job.cluster
     try:
         for _ in range(count - 1):
-            workers += [spawn(store, domain.name, snapshot.id, reference, options, job.request.limits)]
+            limits = job.request.limits
+            workers += [spawn(store, domain.name, snapshot.id, reference, options, limits, cluster)]
+        job.pacing.share_with(workers)
         await stager.run()
+        job.pacing.share_with([])
         for worker in workers:
             done = await asyncio.to_thread(end, worker)
             if done:
                 job.progress.absorb(done["fetched"], done["chunks"])
     finally:
+        job.pacing.share_with([])
         for worker in workers:
             if worker.poll() is None:
                 worker.kill()

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -21,6 +21,21 @@ async def to_its_end(
         cancel()
         await asyncio.wait([job])
         # What it failed with matters no more; unasked, it would be reported as lost.
+        if not job.cancelled():
+            job.exception()
+        raise
+
+
+async def stoppable(work: Coroutine[Any, Any, T], stop: Callable[[], None]) -> T:
+    """Await; when cancelled, call `stop` before the work is cancelled and waited for: its threads may wait for more
+    than it would end by itself."""
+    job = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(job)
+    except asyncio.CancelledError:
+        stop()
+        job.cancel()
+        await asyncio.wait([job])
         if not job.cancelled():
             job.exception()
         raise

@@ -1,0 +1,107 @@
+"""The cluster as one staging process sees it: who this node is, and its ways to the tracker and to other nodes.
+
+`ClusterSettings` is plain data: an agent hands it to its staging processes as JSON. `Cluster.open` makes
+of it what a run needs; nothing is asked of anybody then, and nobody has to be reachable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from headrace.cache.errors import UsageError
+from headrace.cache.peers.client import PeerClient, PeerTimeouts
+from headrace.cache.peers.security import SecurityFiles
+from headrace.cache.policy.limits import Limits
+from headrace.cache.tracker.protocol import Peer, Tracker
+from headrace.cache.tracker.settings import TrackerSettings
+
+GRACE = 3.0
+"""Seconds for which nodes that always ask the origin share an answer: those that start together ask once."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterSettings:
+    """How a staging process takes part.
+
+    Attributes:
+        me: this node's agent, as other nodes reach it.
+        tracker: the Redis or Valkey that the nodes share; None: they only know each other.
+        static: other nodes that are known without a tracker.
+        security: where secrets and certificates are; secrets themselves are never in here.
+        timeouts: of requests to other nodes.
+        limits: of the policy.
+        grace: seconds, see `GRACE`.
+    """
+
+    me: Peer
+    tracker: TrackerSettings | None = None
+    static: tuple[Peer, ...] = ()
+    security: SecurityFiles = field(default_factory=SecurityFiles)
+    timeouts: PeerTimeouts = field(default_factory=PeerTimeouts)
+    limits: Limits = field(default_factory=Limits)
+    grace: float = GRACE
+
+    def as_json(self) -> dict[str, Any]:
+        """For another process: addresses and names of files, no secret."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> ClusterSettings:
+        """What `as_json` gave.
+
+        Raises:
+            UsageError: a key is unknown, missing or of the wrong kind.
+        """
+        tracker = values.get("tracker")
+        try:
+            return cls(
+                Peer(**values["me"]),
+                None if tracker is None else TrackerSettings.from_json(tracker),
+                tuple(Peer(**peer) for peer in values.get("static", ())),
+                SecurityFiles(**values.get("security", {})),
+                PeerTimeouts(**values.get("timeouts", {})),
+                Limits(**values.get("limits", {})),
+                float(values.get("grace", GRACE)),
+            )
+        except (TypeError, KeyError, ValueError) as error:
+            raise UsageError(f"the settings of the cluster are wrong ({error}).") from None
+
+
+class Cluster:
+    """What a run needs of the cluster; used from one event loop. `close` it.
+
+    Attributes:
+        me: this node.
+        tracker: its way to the tracker.
+        client: its way to other nodes.
+    """
+
+    def __init__(
+        self,
+        me: Peer,
+        tracker: Tracker,
+        client: PeerClient,
+        *,
+        limits: Limits | None = None,
+        grace: float = GRACE,
+    ) -> None:
+        self.me = me
+        self.tracker = tracker
+        self.client = client
+        self.limits = limits or Limits()
+        self.grace = grace
+
+    @classmethod
+    def open(cls, settings: ClusterSettings) -> Cluster:
+        """
+        Raises:
+            NotAuthenticated: a secret or certificate is missing or wrong.
+            UsageError: the tracker cannot be meant.
+        """
+        raise UsageError("there is no tracker yet.")
+
+    async def close(self) -> None:
+        await self.tracker.close()
+        await self.client.close()

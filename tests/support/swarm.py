@@ -1,0 +1,129 @@
+"""Nodes of a cluster in one process: each with a store, a peer server and staging jobs of its own, on loopback."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from support.models import CHUNK, PATIENT, visible
+
+from headrace.cache.cluster import Cluster
+from headrace.cache.numbering import Numbering
+from headrace.cache.peers.client import PeerClient, PeerTimeouts
+from headrace.cache.peers.security import Security
+from headrace.cache.peers.server import PeerServer
+from headrace.cache.policy.limits import Limits
+from headrace.cache.prepare import StageRequest
+from headrace.cache.progress import Progress
+from headrace.cache.stager import StagerLimits
+from headrace.cache.staging import StageReport, StagingJob
+from headrace.cache.store import Store
+from headrace.cache.tracker.memory import MemorySwarms, MemoryTracker
+from headrace.cache.tracker.protocol import Peer, Swarm
+
+LIVES = 3600.0
+TIMEOUTS = PeerTimeouts(connect=2.0, first_byte=2.0, stall=2.0)
+
+
+class SharedSwarms(MemorySwarms):
+    """`MemorySwarms` that nodes in several threads share: one call at a time."""
+
+    def __init__(self, **how: Any) -> None:
+        super().__init__(**how)
+        self._one_at_a_time = threading.RLock()
+
+    def __getattribute__(self, name: str) -> Any:
+        found = super().__getattribute__(name)
+        if name.startswith("_") or not callable(found):
+            return found
+
+        def locked(*args: Any, **kwargs: Any) -> Any:
+            with self._one_at_a_time:
+                return found(*args, **kwargs)
+
+        return locked
+
+
+class Node:
+    """One node. `start` and `stop` its peer server, or use it as a context manager."""
+
+    def __init__(
+        self,
+        root: Path,
+        swarms: MemorySwarms,
+        *,
+        zone: str = "",
+        limits: Limits | None = None,
+        timeouts: PeerTimeouts = TIMEOUTS,
+        tracker: Callable[[MemoryTracker], Any] = lambda tracker: tracker,
+    ) -> None:
+        """
+        Args:
+            tracker: wraps the node's tracker.
+        """
+        self.root = root
+        self.swarms = swarms
+        self._store = Store.open(root)
+        self._server = PeerServer(self._store, Security(), listen=("127.0.0.1", 0))
+        self._limits = limits
+        self._timeouts = timeouts
+        self._zone = zone
+        self._wrap = tracker
+        self.me = Peer("", "")
+
+    def start(self) -> Node:
+        self._server.start()
+        self.me = Peer(self.root.name, self._server.address, self._zone)
+        self.swarms.register(self.me, LIVES, time.monotonic())
+        return self
+
+    def stop(self) -> None:
+        self._server.stop()
+        self._store.close()
+
+    def __enter__(self) -> Node:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def cluster(self) -> Cluster:
+        """As a staging process of the node opens it."""
+        tracker = self._wrap(MemoryTracker(self.swarms, self.me, time.monotonic))
+        return Cluster(self.me, tracker, PeerClient(timeouts=self._timeouts), limits=self._limits)
+
+    def job(self, reference: str, **request: Any) -> StagingJob:
+        values: dict[str, Any] = {
+            "chunk": CHUNK,
+            "options": PATIENT,
+            "limits": StagerLimits(span=16 * CHUNK, connections=8, reserve=0),
+            "workers": 1,
+            "domain": "default",
+            **request,
+        }
+        return StagingJob(StageRequest(reference, str(self.root), **values), Progress(), cluster=self.cluster)
+
+    def stage(self, reference: str, **request: Any) -> StageReport:
+        return self.job(reference, **request).start().wait()
+
+    def files(self) -> dict[str, bytes]:
+        return visible(self.root)
+
+    def announce(self) -> None:
+        """As the node's agent does: all that its store has."""
+        domain = self._store.domain()
+        for snapshot in domain.snapshots():
+            numbering = Numbering.of(snapshot.manifest(), domain.name)
+            swarm = Swarm(snapshot.id, numbering.chunks)
+            self.swarms.announce(self.me, swarm, numbering.bitmap(domain), time.monotonic())
+
+
+def stage_together(nodes: list[Node], reference: str, **request: Any) -> list[StageReport]:
+    """All of them at once."""
+    jobs = [node.job(reference, **request) for node in nodes]
+    for job in jobs:
+        job.start()
+    return [job.wait() for job in jobs]
