@@ -6,7 +6,7 @@ of it what a run needs; nothing is asked of anybody then, and nobody has to be r
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -14,8 +14,11 @@ from headrace.cache.errors import UsageError
 from headrace.cache.peers.client import PeerClient, PeerTimeouts
 from headrace.cache.peers.security import SecurityFiles
 from headrace.cache.policy.limits import Limits
+from headrace.cache.tracker.failover import FailoverTracker
 from headrace.cache.tracker.protocol import Peer, Tracker
+from headrace.cache.tracker.redis import RedisTracker
 from headrace.cache.tracker.settings import TrackerSettings
+from headrace.cache.tracker.without import PeerTracker
 
 GRACE = 3.0
 """Seconds for which nodes that always ask the origin share an answer: those that start together ask once."""
@@ -28,7 +31,7 @@ class ClusterSettings:
     Attributes:
         me: this node's agent, as other nodes reach it.
         tracker: the Redis or Valkey that the nodes share; None: they only know each other.
-        static: other nodes that are known without a tracker.
+        static: other nodes that are known without a tracker: configured ones, or those that the agent saw last.
         security: where secrets and certificates are; secrets themselves are never in here.
         timeouts: of requests to other nodes.
         limits: of the policy.
@@ -94,13 +97,36 @@ class Cluster:
         self.grace = grace
 
     @classmethod
-    def open(cls, settings: ClusterSettings) -> Cluster:
-        """
+    def open(
+        cls, settings: ClusterSettings, domain: str, note: Callable[[str], None] = lambda _: None
+    ) -> Cluster:
+        """For one trust domain: values at the tracker are sealed with the domain's secrets.
+
+        Args:
+            note: told when the tracker is lost.
+
         Raises:
             NotAuthenticated: a secret or certificate is missing or wrong.
             UsageError: the tracker cannot be meant.
+            MissingDependency: its client library is not installed.
         """
-        raise UsageError("there is no tracker yet.")
+        security = settings.security.load()
+        client = PeerClient(security, timeouts=settings.timeouts)
+        tracker: Tracker
+        tracker = without = PeerTracker(settings.me, settings.static, client, domain)
+        if settings.tracker is not None:
+            secrets = [secret.key for secret in security.secrets.get(domain, ())]
+            place = settings.tracker.place
+
+            def changed(away: bool) -> None:
+                if away:
+                    note(
+                        f"the tracker {place} cannot be reached: this node goes on with the nodes known last."
+                    )
+
+            redis = RedisTracker(settings.tracker, settings.me, secrets)
+            tracker = FailoverTracker(redis, without, changed=changed)
+        return cls(settings.me, tracker, client, limits=settings.limits, grace=settings.grace)
 
     async def close(self) -> None:
         await self.tracker.close()

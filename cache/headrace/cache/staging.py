@@ -258,13 +258,13 @@ def open_for_loading(
 
 
 async def _stage(job: StagingJob) -> StageReport:
-    async with _cluster_of(job) as cluster:
-        return await _stage_with(job, cluster)
-
-
-async def _stage_with(job: StagingJob, cluster: Cluster | None) -> StageReport:
-    request, progress = job.request, job.progress
     settings = job.settings or config.load()
+    async with _cluster_of(job, job.request.domain or settings.domain) as cluster:
+        return await _stage_with(job, settings, cluster)
+
+
+async def _stage_with(job: StagingJob, settings: Config, cluster: Cluster | None) -> StageReport:
+    request, progress = job.request, job.progress
     reference = parse(request.reference)
     check_chunk_size(request.chunk)
     options = request.options or settings.options(reference)
@@ -341,7 +341,7 @@ async def _stage_with(job: StagingJob, cluster: Cluster | None) -> StageReport:
 
 
 @asynccontextmanager
-async def _cluster_of(job: StagingJob) -> AsyncIterator[Cluster | None]:
+async def _cluster_of(job: StagingJob, domain: str) -> AsyncIterator[Cluster | None]:
     """What the job takes part in, if it does."""
     if job.cluster is None:
         yield None
@@ -352,7 +352,7 @@ async def _cluster_of(job: StagingJob) -> AsyncIterator[Cluster | None]:
         # Alone, nothing of the cluster is imported.
         from headrace.cache.cluster import Cluster
 
-        cluster = Cluster.open(job.cluster)
+        cluster = Cluster.open(job.cluster, domain, job.progress.note)
     try:
         yield cluster
     finally:

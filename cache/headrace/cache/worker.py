@@ -135,7 +135,7 @@ async def work(task: dict[str, Any], progress: Progress, pace: Pace) -> None:
                 # Alone, nothing of the cluster is imported.
                 from headrace.cache.cluster import Cluster, ClusterSettings
 
-                cluster = Cluster.open(ClusterSettings.from_json(task["cluster"]))
+                cluster = Cluster.open(ClusterSettings.from_json(task["cluster"]), domain.name)
             try:
                 await Stager(
                     store, domain, snapshot, snapshot.manifest(), origin, progress,
