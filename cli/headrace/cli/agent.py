@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import sys
 from typing import Any
 
@@ -49,8 +51,6 @@ def command(call: Invocation, path: str | None, check: bool) -> None:
 
 def _environment(call: Invocation) -> dict[str, str]:
     """The environment, with what the options say laid over it: an option counts most."""
-    import os
-
     environ = dict(os.environ)
     if call.root is not None:
         environ["HEADRACE_ROOT"] = call.root
@@ -59,17 +59,16 @@ def _environment(call: Invocation) -> dict[str, str]:
 
 def _as_text(found: dict[str, Any]) -> str:
     """Settings as TOML."""
-    import json
-
-    lines = [f"{key} = {json.dumps(value)}" for key, value in found.items() if not isinstance(value, dict)]
+    plain = {key: value for key, value in found.items() if not isinstance(value, dict) and key != "origins"}
+    lines = [f"{key} = {_value(value)}" for key, value in plain.items()]
+    lines += [f"# rules for origins below {prefix}" for prefix in found["origins"]]
     for section, values in found.items():
         if isinstance(values, dict):
-            lines += ["", f"[{section}]"]
-            for key, value in values.items():
-                shown = (
-                    "{" + ", ".join(f"{name} = {json.dumps(file)}" for name, file in value.items()) + "}"
-                    if isinstance(value, dict)
-                    else json.dumps(value)
-                )
-                lines.append(f"{key} = {shown}")
+            lines += ["", f"[{section}]", *(f"{key} = {_value(value)}" for key, value in values.items())]
     return "\n".join(lines)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_value(name)} = {_value(one)}" for name, one in value.items()) + "}"
+    return json.dumps(value)

@@ -102,13 +102,14 @@ class Agent:
         self.jobs = JobTable(chosen, cluster=self.cluster.for_processes, ended=self._job_ended)
         self.metrics = Metrics(self)
         self.volumes = Volumes(chosen.volumes, self.store)
-        await self._serve(administration.build(self), sockets.listen(chosen.socket, 0o600), parts)
-        made = sockets.inode(chosen.socket)
-        parts.callback(lambda: sockets.unlink(chosen.socket, made))
         parts.push_async_callback(self.volumes.close)
         await self.volumes.reopen()
         if chosen.metrics:
             await self._serve_metrics(chosen.metrics, parts)
+        # Last: whoever finds it finds everything else as well.
+        await self._serve(administration.build(self), sockets.listen(chosen.socket, 0o600), parts)
+        made = sockets.inode(chosen.socket)
+        parts.callback(lambda: sockets.unlink(chosen.socket, made))
         # First of all that ends: those who wait for jobs hear of it while the sockets still stand.
         parts.push_async_callback(self.jobs.close)
 

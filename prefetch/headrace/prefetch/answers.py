@@ -58,7 +58,8 @@ def application(
             return failure(AgentError(f"{unknown}: it is of another version."), UNKNOWN)
         except web.HTTPException as refused:
             if refused.status in (404, 405):
-                return failure(elsewhere(request), refused.status if refused.status == 405 else None)
+                error = elsewhere(request)
+                return failure(error, None if isinstance(error, NotAllowed) else refused.status)
             return failure(
                 UsageError(f"the agent cannot take this request: {refused.reason}."), refused.status
             )

@@ -20,6 +20,7 @@ DEFAULT_SOCKET = "/run/headrace/agent.sock"
 _PATIENCE = 30.0
 _SILENCE = 60.0  # seconds without a line after which a stream is given up; the agent speaks more often
 _DIFFERS, _UNKNOWN = 409, 501
+_HEADERS = {"Content-Type": "application/json"}
 
 
 class Unsuited(Exception):
@@ -73,9 +74,12 @@ class AgentClient:
             Unsuited: it would do something else than is meant.
         """
         given = {name: value for name, value in query.items() if value is not None}
-        with self._asked(
-            method, f"{path}?{urlencode(given)}" if given else path, values, _PATIENCE
-        ) as answer:
+        body = None if values is None else json.dumps(values)
+        with self.connected() as connection, self._translated():
+            connection.request(method, f"{path}?{urlencode(given)}" if given else path, body, _HEADERS)
+            answer = connection.getresponse()
+            if answer.status >= 400:
+                _refused(answer)
             return _object(answer.read())
 
     def stream(self, method: str, path: str, values: Mapping[str, Any] | None = None) -> Stream:
@@ -83,22 +87,11 @@ class AgentClient:
         return Stream(self, method, path, values)
 
     @contextlib.contextmanager
-    def _asked(
-        self, method: str, path: str, values: Mapping[str, Any] | None, timeout: float
-    ) -> Iterator[http.client.HTTPResponse]:
-        connection = _Connection(self.path, timeout)
+    def connected(self) -> Iterator[http.client.HTTPConnection]:
+        """A connection for one request."""
+        connection = _Connection(self.path, _PATIENCE)
         try:
-            with self._translated():
-                connection.request(
-                    method,
-                    path,
-                    None if values is None else json.dumps(values),
-                    {"Content-Type": "application/json"},
-                )
-                answer = connection.getresponse()
-                if answer.status >= 400:
-                    _refused(answer)
-                yield answer
+            yield connection
         finally:
             connection.close()
 
@@ -121,10 +114,11 @@ class Stream:
         self._client = client
         self._connection = _Connection(client.path, _SILENCE)
         self._closing = threading.Event()
+        self._read = False
         try:
             with client._translated():
                 body = None if values is None else json.dumps(values)
-                self._connection.request(method, path, body, {"Content-Type": "application/json"})
+                self._connection.request(method, path, body, _HEADERS)
                 # Kept, so that it can be shut down while another thread reads.
                 self._socket = self._connection.sock
                 self._answer = self._connection.getresponse()
@@ -136,6 +130,7 @@ class Stream:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Its lines until it ends. Raises AgentUnavailable when it breaks off."""
+        self._read = True
         try:
             with self._client._translated():
                 while line := self._answer.readline():
@@ -144,14 +139,19 @@ class Stream:
             if not self._closing.is_set():
                 raise
         finally:
-            self._answer.close()
-            self._connection.close()
+            self._release()
 
     def close(self) -> None:
         """End it: the agent learns at once that nobody listens."""
         self._closing.set()
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
+        if not self._read:
+            self._release()
+
+    def _release(self) -> None:
+        self._answer.close()
+        self._connection.close()
 
 
 def _refused(answer: http.client.HTTPResponse) -> None:

@@ -194,14 +194,18 @@ def effective(settings: AgentSettings) -> dict[str, Any]:
         found[section] = {key: getattr(settings, key) for key in SECTIONS[section]}
     found["tracker"] = dict(settings.tracker)
     found["peers"] = dict(settings.peers)
-    found["bandwidth"] = {**_rates(bandwidth.total), "held_back": bandwidth.held_back}
+    found["bandwidth"] = {**_rates(bandwidth.total), "held_back": _shown(bandwidth.held_back)}
     found["bandwidth.demand"] = _rates(bandwidth.demand)
     found["bandwidth.prestage"] = _rates(bandwidth.prestage)
     return found
 
 
-def _rates(rates: Rates) -> dict[str, int]:
-    return {key: getattr(rates, key) for key in _RATES}
+def _rates(rates: Rates) -> dict[str, int | str]:
+    return {key: _shown(getattr(rates, key)) for key in _RATES}
+
+
+def _shown(rate: int) -> int | str:
+    return f"{rate}B/s" if rate else 0
 
 
 def _flattened(values: Mapping[str, Any], where: str) -> dict[str, dict[str, Any]]:

@@ -153,8 +153,9 @@ class Supervised:
         assert process.stdout is not None
         try:
             async with asyncio.timeout(_END):
-                while await process.stdout.read(_LINE):
-                    pass
+                # What it had done until now is counted, too.
+                async for line in process.stdout:
+                    self._hear(line)
                 await process.wait()
         except TimeoutError:
             log.warning("a staging process did not end in time and was killed")

@@ -1,0 +1,45 @@
+"""An agent, the commands of its user, a small model on disk, and one that comes slowly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.agents import RunningAgent
+from support.command import Command
+from support.faulty_server import FaultyServer
+from support.models import below, small_model
+from support.stores import write_files
+
+
+@pytest.fixture
+def headrace(tmp_path: Path) -> Command:
+    """Commands of a user for whom there is no agent, until a test says where one is."""
+    home = tmp_path / "home"
+    home.mkdir()
+    return Command(home, tmp_path / "store", {"HEADRACE_SOCKET": str(tmp_path / "none.sock")})
+
+
+@pytest.fixture
+def agent(headrace: Command, tmp_path: Path) -> Iterator[RunningAgent]:
+    """A running agent; a test may stop, kill and start it again."""
+    with RunningAgent(headrace, tmp_path / "agent") as running:
+        yield running
+
+
+@pytest.fixture
+def files() -> dict[str, bytes]:
+    return small_model()
+
+
+@pytest.fixture
+def model(tmp_path: Path, files: dict[str, bytes]) -> Path:
+    return write_files(tmp_path / "model", files)
+
+
+@pytest.fixture
+def slow(files: dict[str, bytes]) -> Iterator[FaultyServer]:
+    """Takes about 3 s for the model."""
+    with FaultyServer(below("m", files), rate=1e6) as server:
+        yield server

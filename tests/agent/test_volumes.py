@@ -1,0 +1,142 @@
+"""Per-pod sockets: what a pod may know of its volume's snapshots, and that it may nothing else."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.agents import RunningAgent
+from support.command import wait_until
+from support.faulty_server import FaultyServer
+
+from headrace.cache.errors import NotAllowed, UsageError
+from headrace.prefetch.client import AgentClient
+
+
+def staged(agent: RunningAgent, reference: object) -> str:
+    lines = list(agent.client.stream("POST", "/v1/stage", {"request": {"reference": str(reference)}}))
+    snapshot: str = lines[-1]["report"]["snapshot"]
+    return snapshot
+
+
+def volume(agent: RunningAgent, name: str, *snapshots: str) -> AgentClient:
+    made = agent.client.ask("POST", "/v1/volumes", {"volume": name, "snapshots": list(snapshots)})
+    return AgentClient(made["socket"])
+
+
+@pytest.fixture
+def two(agent: RunningAgent, model: Path, tmp_path: Path) -> tuple[str, str]:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "model.safetensors").write_bytes((model / "model-00001-of-00002.safetensors").read_bytes())
+    return staged(agent, model), staged(agent, other)
+
+
+def test_a_pod_sees_its_own_snapshot(agent: RunningAgent, two: tuple[str, str]) -> None:
+    pod = volume(agent, "pvc-1", two[0])
+    assert stat.S_IMODE(os.stat(pod.path).st_mode) == 0o666
+    for path in ("/v1/snapshot", "/v1/wait"):
+        found = pod.ask("GET", path)
+        assert (found["snapshot"], found["staged"]) == (two[0], True)
+        # What is not the pod's business is not there: where the store is, who else uses it.
+        assert set(found) == {"snapshot", "files", "bytes", "present", "staged"}
+    assert pod.ask("GET", "/v1/snapshot", id=two[0])["snapshot"] == two[0]
+
+
+def test_a_pod_is_refused_another_volumes_snapshot(agent: RunningAgent, two: tuple[str, str]) -> None:
+    first, second = volume(agent, "pvc-1", two[0]), volume(agent, "pvc-2", two[1])
+    for pod, foreign in ((first, two[1]), (second, two[0]), (first, "0" * 64)):
+        for path in ("/v1/snapshot", "/v1/progress", "/v1/wait"):
+            with pytest.raises(NotAllowed, match="is not one of this volume's"):
+                pod.ask("GET", path, id=foreign)
+    # A prefix, which the administrator may use, opens nothing either.
+    with pytest.raises(NotAllowed):
+        first.ask("GET", "/v1/snapshot", id=two[0][:12])
+
+
+ADMINISTRATOR: list[tuple[str, str]] = [
+    ("GET", "/v1/agent"),
+    ("GET", "/v1/status"),
+    ("POST", "/v1/stage"),
+    ("GET", "/v1/jobs"),
+    ("GET", "/v1/jobs/000001"),
+    ("DELETE", "/v1/jobs/000001"),
+    ("GET", "/v1/snapshots"),
+    ("POST", "/v1/pin"),
+    ("POST", "/v1/unpin"),
+    ("POST", "/v1/remove"),
+    ("POST", "/v1/verify"),
+    ("GET", "/v1/explain"),
+    ("POST", "/v1/reload"),
+    ("GET", "/v1/volumes"),
+    ("POST", "/v1/volumes"),
+    ("DELETE", "/v1/volumes/pvc-1"),
+    ("POST", "/v1/snapshot"),
+    ("GET", "/metrics"),
+    ("GET", "/"),
+]
+
+
+def test_a_pod_may_do_nothing_of_the_administrator(agent: RunningAgent, two: tuple[str, str]) -> None:
+    pod = volume(agent, "pvc-1", two[0])
+    for method, path in ADMINISTRATOR:
+        with pytest.raises(NotAllowed, match="nothing else"):
+            pod.ask(method, path, {"name": two[0]} if method == "POST" else None)
+        with agent.raw(method, path, b"", pod.path) as answer:
+            assert answer.status == 403, (method, path)
+    assert agent.client.ask("GET", "/v1/volumes")["volumes"][0]["volume"] == "pvc-1"
+
+
+def test_a_pod_follows_what_is_still_coming(agent: RunningAgent, slow: FaultyServer) -> None:
+    agent.client.ask("POST", "/v1/stage", {"request": {"reference": f"{slow.url}/m"}, "wait": False})
+
+    def opened() -> Any:
+        return agent.client.ask("GET", "/v1/jobs")["jobs"][0]["snapshot"]
+
+    wait_until(lambda: opened() is not None)
+    pod = volume(agent, "pvc-1", opened())
+    assert not pod.ask("GET", "/v1/wait", timeout="0")["staged"]
+    lines = []
+    for line in pod.stream("GET", "/v1/progress"):
+        lines.append(line["progress"])
+        slow.pace = None
+    assert lines[-1]["staged"]
+    assert [line["present"] for line in lines] == sorted(line["present"] for line in lines)
+    assert len(lines) > 1
+
+
+def test_volumes_outlive_the_agent(agent: RunningAgent, two: tuple[str, str]) -> None:
+    first, second = volume(agent, "pvc-1", two[0]), volume(agent, "pvc-2", two[1])
+    agent.kill()
+    with agent:
+        assert first.ask("GET", "/v1/snapshot")["snapshot"] == two[0]
+        agent.client.ask("DELETE", "/v1/volumes/pvc-1")
+        assert agent.stop() == 0
+    with agent:
+        assert second.ask("GET", "/v1/snapshot")["snapshot"] == two[1]
+        assert [one["volume"] for one in agent.client.ask("GET", "/v1/volumes")["volumes"]] == ["pvc-2"]
+        assert not os.path.exists(first.path)
+
+
+def test_a_damaged_record_costs_its_own_volume_only(agent: RunningAgent, two: tuple[str, str]) -> None:
+    volume(agent, "pvc-1", two[0])
+    pod = volume(agent, "pvc-2", two[1])
+    agent.kill()
+    (agent.folder / "volumes" / "pvc-1" / "volume.json").write_text("{")
+    with agent:
+        assert pod.ask("GET", "/v1/snapshot")["snapshot"] == two[1]
+        assert "is not served" in agent.log()
+
+
+def test_asking_twice_is_no_error_and_other_snapshots_are(agent: RunningAgent, two: tuple[str, str]) -> None:
+    assert volume(agent, "v", two[0]).path == volume(agent, "v", two[0]).path
+    with pytest.raises(UsageError, match="other snapshots"):
+        volume(agent, "v", two[1])
+    for name in ("../up", "a/b", "", ".hidden", "x" * 200):
+        with pytest.raises(UsageError):
+            volume(agent, name, two[0])
+    with pytest.raises(UsageError, match="2 snapshots"):
+        volume(agent, "both", *two).ask("GET", "/v1/snapshot")
