@@ -94,6 +94,8 @@ def test_all_learn_why_one_failed(victim: int) -> None:
             *(lambda one=one: one.gather(1) for one in waiting), lambda: ranks[victim].leave("no disk")
         )
         assert said[:2] == [f"loading together stopped, because rank {victim} failed: no disk"] * 2
+        for one in waiting:
+            one.leave()  # which waits for the thread that tells
         assert sorted(told) == [one.rank for one in waiting]
 
 
