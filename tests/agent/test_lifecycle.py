@@ -11,6 +11,7 @@ from pathlib import Path
 from support.agents import RunningAgent
 from support.command import Command, wait_until
 from support.faulty_server import FaultyServer
+from support.models import below
 from support.stores import read_files
 
 from headrace.cache.inventory import entry
@@ -81,10 +82,10 @@ def test_a_staging_process_that_dies_is_started_again(
 
 
 def test_a_staging_process_that_dies_again_and_again_is_a_clear_error(
-    agent: RunningAgent, slow: FaultyServer
+    agent: RunningAgent, files: dict[str, bytes]
 ) -> None:
-    slow.pace = 1.0
-    with agent.commands().start(*stage(slow)) as client:
+    crawling = FaultyServer(below("m", files), rate=1e4)
+    with crawling, agent.commands().start(*stage(crawling)) as client:
         killed: set[int] = set()
         while client.poll() is None:
             for pid in set(agent.children()) - killed:

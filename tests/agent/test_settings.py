@@ -106,6 +106,10 @@ WRONG: list[tuple[str, str]] = [
     ("[peers]\nsecrets = {default = 'secret'}", "'secrets' in [peers]"),
     ("[peers]\nca = '/ca'", "mutual TLS in [peers]"),
     ("[peers]\nlisten = '0.0.0.0:7700'", "'address' in [node]"),
+    ("[tracker]\nurl = 'redis://r:6379'", "without 'listen' in [peers]"),
+    ("[peers]\nlisten = '127.0.0.1:0'\n[tracker]\nurl = 'http://r'", "in [tracker], the tracker's url"),
+    ("[peers]\nlisten = '127.0.0.1:0'\n[tracker]\nurl = 'redis://:geheim@r'", "carries a user or password"),
+    ("[tracker]\nlease = 'long'", "'lease' in [tracker]"),
     ("[bandwidth]\norigin = '800Mbit'", "'origin' in [bandwidth]"),
     ("[bandwidth]\norigin = -5", "'origin' in [bandwidth]"),
     ("[bandwidth]\nprestage = 3", "write [bandwidth.prestage]"),
@@ -125,6 +129,7 @@ def test_what_is_wrong_is_said_with_its_file_and_key(text: str, said: str) -> No
     assert message.startswith(WHERE) or repr(WHERE) in message
     assert said in message
     assert message.endswith(".")
+    assert "geheim" not in message
 
 
 @pytest.mark.parametrize(

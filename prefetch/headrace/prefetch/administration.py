@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args
 from aiohttp import web
 
 from headrace.cache import evict
+from headrace.cache.bandwidth import Class
 from headrace.cache.errors import HeadraceError, NotFound, NotStaged, UsageError
 from headrace.cache.inventory import entry
 from headrace.cache.reference import parse
@@ -19,7 +20,6 @@ from headrace.cache.verify import verify
 from headrace.prefetch import explain, messages
 from headrace.prefetch.answers import Lines, application, body, follow, text_of
 from headrace.prefetch.jobs import Job, Watcher
-from headrace.prefetch.pacing import Class
 
 if TYPE_CHECKING:
     from headrace.prefetch.agent import Agent

@@ -176,7 +176,8 @@ class Agent:
 
     def removed(self, domain: str, snapshot: str) -> None:
         """A snapshot has left the store: others need to hear that it is not here."""
-        self.cluster.removed(domain, snapshot)
+        log.info("removed %s of the domain %s", snapshot[:12], domain)
+        self.cluster.changed()
 
     async def used(self) -> int:
         """Bytes of the store on disk, as found at most half a minute ago."""

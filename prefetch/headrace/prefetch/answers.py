@@ -58,8 +58,8 @@ def application(
             return failure(AgentError(f"{unknown}: it is of another version."), UNKNOWN)
         except web.HTTPException as refused:
             if refused.status in (404, 405):
-                error = elsewhere(request)
-                return failure(error, None if isinstance(error, NotAllowed) else refused.status)
+                wrong = elsewhere(request)
+                return failure(wrong, None if isinstance(wrong, NotAllowed) else refused.status)
             return failure(
                 UsageError(f"the agent cannot take this request: {refused.reason}."), refused.status
             )

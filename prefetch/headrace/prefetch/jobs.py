@@ -15,12 +15,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from headrace.cache.bandwidth import Class
 from headrace.cache.errors import AgentUnavailable, HeadraceError, Interrupted
 from headrace.cache.prepare import StageRequest
 from headrace.cache.progress import Progress
 from headrace.cache.staging import StageReport
 from headrace.prefetch import messages
-from headrace.prefetch.pacing import Class, paces
+from headrace.prefetch.pacing import paces
 from headrace.prefetch.settings import AgentSettings
 from headrace.prefetch.staging_process import Task
 from headrace.prefetch.supervisor import Supervised

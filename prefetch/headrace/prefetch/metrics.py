@@ -118,7 +118,7 @@ class Metrics(Collector):
             "headrace_tracker_degraded", "1 while the tracker cannot be reached.", int(part.degraded)
         )
         yield _counter("headrace_tracker_calls", "Calls of the tracker by the main process.", part.calls)
-        yield _counter("headrace_tracker_errors", "Those of them that failed.", part.errors)
+        yield _counter("headrace_tracker_lost", "How often the tracker was given up for a time.", part.lost)
 
 
 Values = float | Mapping[Any, int]

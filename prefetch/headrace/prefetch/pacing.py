@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
+from headrace.cache.bandwidth import KINDS, Class
 from headrace.prefetch.settings import Bandwidth
 
-Class = Literal["demand", "prestage"]
 Paces = dict[Class, dict[str, float | None]]
-KINDS = ("origin", "peers", "disk")
-"""Kinds of traffic of a staging process."""
 
 
 def paces(bandwidth: Bandwidth, running: Sequence[Class]) -> Paces:

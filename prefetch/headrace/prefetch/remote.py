@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from headrace.cache import signature
+from headrace.cache.bandwidth import Class
 from headrace.cache.config import Config
 from headrace.cache.errors import AgentUnavailable, HeadraceError, Interrupted
 from headrace.cache.prepare import StageRequest
@@ -18,7 +19,6 @@ from headrace.cache.staging import StagingJob
 from headrace.cache.store import Store
 from headrace.prefetch import messages
 from headrace.prefetch.client import AgentClient
-from headrace.prefetch.pacing import Class
 
 
 class _Gone(Exception):

@@ -20,6 +20,7 @@ from headrace.cache.config import Config
 from headrace.cache.errors import UsageError
 from headrace.cache.peers.security import SecurityFiles
 from headrace.cache.store import default_root
+from headrace.cache.tracker.settings import TrackerSettings
 from headrace.prefetch.keys import (
     ADDRESS,
     ADDRESSES,
@@ -35,6 +36,7 @@ from headrace.prefetch.keys import (
 
 DEFAULT_SOCKET = "/run/headrace/agent.sock"
 PREFIX = "HEADRACE_AGENT_"
+_FIXED_PEERS = ("listen", "slots", "static", "heartbeat")
 _CHANGEABLE = ("log_level", "prestage_jobs", "lock_wait", "drain")
 
 _RATES = {
@@ -61,7 +63,22 @@ SECTIONS: Mapping[str, Mapping[str, Key]] = {
         "zone": Key(TEXT, "", "nodes of one zone are near each other"),
         "address": Key(ADDRESS, "", "where other nodes reach this one; by default where it listens"),
     },
-    "tracker": {},
+    "tracker": {
+        "url": Key(TEXT, "", 'the Redis or Valkey that nodes share: "redis://host:6379/0"; "" for none'),
+        "user": Key(TEXT, "", "of its access list"),
+        "password_file": Key(PATH, "", "a file with its password; else `$HEADRACE_REDIS_PASSWORD`"),
+        "sentinel_user": Key(TEXT, "", "of Sentinel itself"),
+        "sentinel_password_file": Key(
+            PATH, "", "with Sentinel's password; else `$HEADRACE_SENTINEL_PASSWORD`"
+        ),
+        "prefix": Key(TEXT, "headrace", "of all keys: clusters with different ones do not see each other"),
+        "ca": Key(PATH, "", "certificates that the server's is checked with (PEM)"),
+        "certificate": Key(PATH, "", "this node's, for a server that asks for one (PEM)"),
+        "key": Key(PATH, "", "its private key (PEM)"),
+        "lease": Key(SECONDS, 10.0, "how long a claim to read from the origin holds unless it is kept"),
+        "lifetime": Key(SECONDS, 3600.0, "how long keys stay that no node renews"),
+        "timeout": Key(SECONDS, 1.0, "for one call"),
+    },
     "peers": {
         "listen": Key(ADDRESS, "", 'where this node serves others; "": it does not, and reads from none'),
         "secrets": Key(FILES, {}, "a file for each trust domain: a secret on each line, the first signs"),
@@ -69,6 +86,9 @@ SECTIONS: Mapping[str, Mapping[str, Key]] = {
         "certificate": Key(PATH, "", "mutual TLS: this node's certificate (PEM)"),
         "key": Key(PATH, "", "mutual TLS: its private key (PEM)"),
         "static": Key(ADDRESSES, (), "other nodes, where no tracker tells of them"),
+        "heartbeat": Key(
+            SECONDS, 5.0, "how often it says that it lives; after three times that it is taken for gone"
+        ),
         "slots": Key(whole(1, 4096), 8, "uploads at once; who comes next is told to ask elsewhere"),
     },
     "bandwidth": {
@@ -128,7 +148,7 @@ class AgentSettings:
     name: str
     zone: str
     address: str
-    tracker: Mapping[str, Any]
+    tracker: TrackerSettings | None
     peers: Mapping[str, Any]
     bandwidth: Bandwidth
 
@@ -168,7 +188,7 @@ def parse(text: str, where: str, environ: Mapping[str, str]) -> AgentSettings:
         root=Path(os.path.abspath(plain.root or default_root(environ))),
         **agent,
         **{**node, "name": node["name"] or socket.gethostname()},
-        tracker=read["tracker"],
+        tracker=_tracker(read["tracker"], peers, where),
         peers=peers,
         bandwidth=bandwidth,
     )
@@ -192,7 +212,8 @@ def effective(settings: AgentSettings) -> dict[str, Any]:
     }
     for section in ("agent", "node"):
         found[section] = {key: getattr(settings, key) for key in SECTIONS[section]}
-    found["tracker"] = dict(settings.tracker)
+    tracker = settings.tracker.as_json() if settings.tracker else {}
+    found["tracker"] = {key: tracker.get(key) or of.default for key, of in SECTIONS["tracker"].items()}
     found["peers"] = dict(settings.peers)
     found["bandwidth"] = {**_rates(bandwidth.total), "held_back": _shown(bandwidth.held_back)}
     found["bandwidth.demand"] = _rates(bandwidth.demand)
@@ -254,6 +275,19 @@ def _check_variables(environ: Mapping[str, str]) -> None:
         raise UsageError(f"there is no setting ${unknown[0]}: docs/agent.md lists the agent's variables.")
 
 
+def _tracker(values: Mapping[str, Any], peers: Mapping[str, Any], where: str) -> TrackerSettings | None:
+    if not values["url"]:
+        return None
+    if not peers["listen"]:
+        raise UsageError(
+            f"{where}: [tracker] is of no use without 'listen' in [peers]: say where others reach this node."
+        )
+    try:
+        return TrackerSettings.from_json({key: value for key, value in values.items() if value != ""})
+    except UsageError as error:
+        raise UsageError(f"{where}: in [tracker], {error}") from None
+
+
 def _check_peers(node: Mapping[str, Any], peers: Mapping[str, Any], where: str) -> None:
     tls = [key for key in ("ca", "certificate", "key") if peers[key]]
     if tls and len(tls) < 3:
@@ -276,10 +310,8 @@ def unchangeable(before: AgentSettings, after: AgentSettings) -> list[str]:
     for section in ("agent", "node"):
         keys = (key for key in SECTIONS[section] if key not in _CHANGEABLE)
         found += [f"{section}.{key}" for key in keys if getattr(before, key) != getattr(after, key)]
-    found += [f"tracker.{key}" for key in SECTIONS["tracker"] if before.tracker[key] != after.tracker[key]]
-    found += [
-        f"peers.{key}" for key in ("listen", "slots", "static") if before.peers[key] != after.peers[key]
-    ]
+    found += ["tracker"] if before.tracker != after.tracker else []
+    found += [f"peers.{key}" for key in _FIXED_PEERS if before.peers[key] != after.peers[key]]
     return found
 
 
@@ -288,8 +320,12 @@ def check_files(settings: AgentSettings) -> None:
 
     Raises:
         NotAuthenticated: one is missing, unreadable or wrong, or none is there and others could connect.
+        UsageError: the tracker's password file cannot be read.
     """
     security = security_files(settings).load()
+    if settings.tracker is not None:
+        settings.tracker.password()
+        settings.tracker.sentinel_password()
     if settings.peers["listen"]:
         security.check_listen(settings.peers["listen"].rpartition(":")[0])
 

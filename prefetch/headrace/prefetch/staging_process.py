@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from headrace.cache import config
+from headrace.cache.bandwidth import Class
+from headrace.cache.cluster import ClusterSettings
 from headrace.cache.errors import HeadraceError, Interrupted
 from headrace.cache.progress import Progress
 from headrace.cache.staging import StagingJob
@@ -45,7 +47,7 @@ class Task:
     where: str
     root: str
     request: dict[str, Any]
-    of: str
+    of: Class
     rates: dict[str, float | None]
     cluster: dict[str, Any] | None = None
 
@@ -78,7 +80,6 @@ def main() -> NoReturn:
     try:
         task = Task(**json.loads(line))
         job = _job(task)
-        _pace(job, task.of, task.rates)
         job.start()
         threading.Thread(target=_listen, args=(job,), name="headrace-control", daemon=True).start()
         _report(job, voice)
@@ -92,11 +93,10 @@ def main() -> NoReturn:
 def _job(task: Task) -> StagingJob:
     settings = config.parse(task.config, task.where)
     request = messages.request_from_json(task.request, task.root)
-    return StagingJob(request, Progress(), settings=settings)
-
-
-def _pace(job: StagingJob, of: str, rates: dict[str, float | None]) -> None:
-    """Take over a class and its rates."""
+    cluster = None if task.cluster is None else ClusterSettings.from_json(task.cluster)
+    job = StagingJob(request, Progress(), settings=settings, cluster=cluster)
+    job.set_pace(task.of, task.rates)
+    return job
 
 
 def _listen(job: StagingJob) -> None:
@@ -104,7 +104,7 @@ def _listen(job: StagingJob) -> None:
     for line in sys.stdin:
         told = json.loads(line)
         if "pace" in told:
-            _pace(job, told["pace"]["of"], told["pace"]["rates"])
+            job.set_pace(told["pace"]["of"], told["pace"]["rates"])
         if told.get("cancel"):
             break
     job.cancel()

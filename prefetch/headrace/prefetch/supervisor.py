@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
+from headrace.cache.bandwidth import Class
 from headrace.cache.errors import AgentError
 from headrace.cache.progress import Progress
 from headrace.cache.staging import StageReport
@@ -86,7 +87,7 @@ class Supervised:
             self._counted.next_process()
             await asyncio.sleep(_PAUSE * 2 ** (deaths - 1))
 
-    def pace(self, of: str, rates: dict[str, float | None]) -> None:
+    def pace(self, of: Class, rates: dict[str, float | None]) -> None:
         """Another class or other rates from now on, in bytes per second; None: no limit."""
         self._task = replace(self._task, of=of, rates=rates)
         self._tell(pace={"of": of, "rates": rates})
