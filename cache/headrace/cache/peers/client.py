@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import http.client
+import os
 import socket
 import ssl
 import time
@@ -266,8 +267,8 @@ class PeerClient:
             self._idle.popitem(last=False)[0].close()
 
     async def _connect(self, peer: Peer) -> _Connection:
-        parts = urlsplit(f"//{peer.address}")
         try:
+            parts = urlsplit(f"//{peer.address}")
             host, port = parts.hostname, parts.port
         except ValueError:
             host = port = None
@@ -279,7 +280,9 @@ class PeerClient:
         except TimeoutError:
             raise PeerError(f"the peer {peer.address} does not answer.") from None
         except OSError as error:
-            why = error.strerror or str(error)
+            # asyncio's own text quotes the call instead of the reason.
+            named = isinstance(error, socket.gaierror) or not error.errno
+            why = (error.strerror or str(error)) if named else os.strerror(error.errno or 0).lower()
             raise PeerError(f"the peer {peer.address} cannot be reached: {why}.") from None
         if self._context is None:
             return _Connection(sock)

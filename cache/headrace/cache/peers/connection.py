@@ -32,7 +32,7 @@ from headrace.cache.peers.protocol import (
     class_of,
 )
 from headrace.cache.peers.serving import Serving
-from headrace.cache.peers.upload import gone, send_file, set_timeouts
+from headrace.cache.peers.upload import gone, send_file
 from headrace.cache.store import Domain
 
 _OCTETS = "application/octet-stream"
@@ -62,9 +62,9 @@ class Connection:
                 except ssl.SSLError:
                     self._count_refused()
                     return
-            set_timeouts(self._sock, self._serving.limits.idle, self._serving.limits.send)
             rest = b""
             while not self._serving.draining:
+                self._sock.settimeout(self._serving.limits.idle)
                 self.idle = True
                 try:
                     head, rest = read_head(self._sock, rest, self._serving.limits.head)
@@ -90,6 +90,7 @@ class Connection:
     def _answer(self, head: Head) -> bool:
         """Whether the connection may be used again."""
         serving = self._serving
+        self._sock.settimeout(serving.limits.send)
         try:
             if serving.draining:
                 raise PeerBusy("this node is shutting down: ask another.", 1.0)

@@ -62,6 +62,8 @@ def read_head(sock: socket.socket, rest: bytes, timeout: float) -> tuple[Head, b
     """
     data, begun = rest, 0.0
     while (end := data.find(_END)) < 0:
+        if data and not data[:1].isalpha():
+            raise PeerError("what came is not HTTP/1.1.")  # TLS, say: its headers would never end
         if len(data) > MAX_HEAD:
             raise PeerError(f"the other node sent more than {MAX_HEAD} bytes of headers.")
         more = sock.recv(MAX_HEAD)

@@ -23,9 +23,9 @@ class ServerLimits:
 
     Attributes:
         connections: at once; more are closed at once.
-        idle: seconds that a connection may rest between requests (with TLS: `send`).
+        idle: seconds that a connection may rest between requests.
         head: seconds that a request's headers, or a TLS handshake, may take.
-        send: seconds that a reader may take for a mebibyte.
+        send: seconds that a reader may take for a mebibyte, or for an answer that is no chunk.
     """
 
     connections: int = 512

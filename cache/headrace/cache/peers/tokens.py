@@ -71,7 +71,8 @@ def check(
             f"the token's secret (key {_plain(key_id)}) is not one of this trust domain here: "
             f"give both nodes the same secret file."
         )
-    if not hmac.compare_digest(_mac(secret, method, host, path, time, nonce).hex(), mac):
+    right = _mac(secret, method, host, path, time, nonce).hex()
+    if not hmac.compare_digest(right.encode(), mac.encode(errors="replace")):
         raise NotAuthenticated("the token does not belong to this request.")
     # From here on the sender has the secret, so its time and nonce are well-formed, unless it is broken.
     try:

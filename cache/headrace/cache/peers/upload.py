@@ -6,23 +6,11 @@ import os
 import select
 import socket
 import ssl
-import struct
 import time
 from collections.abc import Callable
 
 from headrace.cache.bandwidth import PIECE
 from headrace.cache.receiving import Blocks
-
-
-def set_timeouts(sock: socket.socket, idle: float, send: float) -> None:
-    """Let the kernel bound each wait of a socket, which blocks; TLS has only one bound, for both."""
-    if isinstance(sock, ssl.SSLSocket):
-        sock.settimeout(send)
-        return
-    sock.setblocking(True)
-    for option, seconds in ((socket.SO_RCVTIMEO, idle), (socket.SO_SNDTIMEO, send)):
-        whole, rest = divmod(seconds, 1)
-        sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", int(whole), int(rest * 1e6)))
 
 
 def send_file(
@@ -37,6 +25,7 @@ def send_file(
     """Send the bytes [start, stop) of a file; False when `may_go` stopped it.
 
     Args:
+        sock: with a timeout, so that its descriptor does not block.
         may_go: asked before each piece with its size; may wait.
         timeout: seconds that a reader may take for a piece.
 
@@ -65,14 +54,25 @@ def _send(sock: socket.socket, fd: int, start: int, size: int, blocks: Blocks, d
     while size:
         try:
             sent = os.sendfile(out, fd, start, size)
-        except BlockingIOError as error:  # how SO_SNDTIMEO shows
-            raise TimeoutError from error
+        except BlockingIOError:
+            _wait(out, deadline)
+            continue
         if not sent:
             raise OSError("the file became shorter")
         start += sent
         size -= sent
-        if size and time.monotonic() > deadline:
-            raise TimeoutError
+
+
+def _wait(out: int, deadline: float) -> None:
+    """Until there is room again. A wait in the kernel's own `sendfile` would begin anew with every few bytes."""
+    poll = select.poll()
+    poll.register(out, select.POLLOUT | select.POLLRDHUP)
+    left = deadline - time.monotonic()
+    ready = poll.poll(left * 1000) if left > 0 else []
+    if not ready:
+        raise TimeoutError
+    if ready[0][1] & ~select.POLLOUT:
+        raise ConnectionResetError
 
 
 def _send_tls(sock: socket.socket, fd: int, start: int, size: int, blocks: Blocks, deadline: float) -> None:
