@@ -101,6 +101,15 @@ class Choice:
             default=float("inf"),
         )
 
+    def useless(self, chunk: int, holders: Sequence[Peer], now: float) -> bool:
+        """Whether all of these holders failed again and again, or are left alone for long."""
+        for peer in holders:
+            known = self.known(peer)
+            good = known.failures < self._limits.strikes and known.until <= now + self._limits.held_up
+            if good and (chunk, peer.id) not in self._denied and peer.id != self._me.id:
+                return False
+        return True
+
     def ended(self, peer: Known, chunk: int, outcome: Outcome, now: float, queue: int) -> bool:
         """Take in how a transfer from a peer ended; True where it should be reported as not having the chunk."""
         peer.flying -= 1

@@ -238,8 +238,12 @@ class Scheduler:
                 if self._choice.free_at(chunk, holders, now) <= now:
                     # Enough transfers from its holders are under way: its turn comes when one of them ends.
                     full.append(known)
-                else:
-                    self._put_off(chunk, now)
+                    continue
+                if self._choice.useless(chunk, holders, now):
+                    # What nobody can be asked for must not be kept from being read from the origin.
+                    for peer in holders:
+                        self._news.missing(chunk, peer.id, now)
+                self._put_off(chunk, now)
                 continue
             board.state[chunk] = _FLYING
             fetches.append(flights.begin(chunk, self._sizes[chunk], source, holders, now).fetch)
