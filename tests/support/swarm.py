@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from support.models import CHUNK, PATIENT, visible
+from support.ports import free
 
 from headrace.cache.cluster import Cluster
 from headrace.cache.numbering import Numbering
@@ -58,6 +63,7 @@ class Node:
         zone: str = "",
         limits: Limits | None = None,
         timeouts: PeerTimeouts = TIMEOUTS,
+        grace: float = 3.0,
         tracker: Callable[[MemoryTracker], Any] = lambda tracker: tracker,
     ) -> None:
         """
@@ -71,14 +77,25 @@ class Node:
         self._limits = limits
         self._timeouts = timeouts
         self._zone = zone
+        self._grace = grace
         self._wrap = tracker
         self.me = Peer("", "")
 
     def start(self) -> Node:
         self._server.start()
-        self.me = Peer(self.root.name, self._server.address, self._zone)
-        self.swarms.register(self.me, LIVES, time.monotonic())
+        self.known_as(self._server.address)
         return self
+
+    @property
+    def address(self) -> str:
+        """Of the peer server itself."""
+        return self._server.address
+
+    def known_as(self, address: str) -> None:
+        """Others reach this node under that address from now on."""
+        self.swarms.unregister(self.root.name)
+        self.me = Peer(self.root.name, address, self._zone)
+        self.swarms.register(self.me, LIVES, time.monotonic())
 
     def stop(self) -> None:
         self._server.stop()
@@ -93,7 +110,8 @@ class Node:
     def cluster(self) -> Cluster:
         """As a staging process of the node opens it."""
         tracker = self._wrap(MemoryTracker(self.swarms, self.me, time.monotonic))
-        return Cluster(self.me, tracker, PeerClient(timeouts=self._timeouts), limits=self._limits)
+        client = PeerClient(timeouts=self._timeouts)
+        return Cluster(self.me, tracker, client, limits=self._limits, grace=self._grace)
 
     def job(self, reference: str, **request: Any) -> StagingJob:
         values: dict[str, Any] = {
@@ -119,6 +137,21 @@ class Node:
             numbering = Numbering.of(snapshot.manifest(), domain.name)
             swarm = Swarm(snapshot.id, numbering.chunks)
             self.swarms.announce(self.me, swarm, numbering.bitmap(domain), time.monotonic())
+
+
+@contextmanager
+def relay(mode: str, behind: str) -> Iterator[str]:
+    """A program that passes on what a peer server says, with faults (see `faulty_relay`); its address."""
+    address = f"127.0.0.1:{free(1)[0]}"
+    command = [sys.executable, "-m", "support.faulty_relay", mode, address, behind]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=env) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline(), "the relay did not start"
+            yield address
+        finally:
+            process.kill()
 
 
 def stage_together(nodes: list[Node], reference: str, **request: Any) -> list[StageReport]:

@@ -1,0 +1,71 @@
+"""Peers that send wrong bytes, stall, are cut off, lie or speak nonsense: every byte comes from elsewhere, verified."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from support.faulty_relay import MODES
+from support.faulty_server import FaultyServer
+from support.models import below, published, small_model
+from support.swarm import relay, stage_together
+from swarm.conftest import Make
+
+from headrace.cache.peers.client import PeerTimeouts
+from headrace.cache.policy.limits import Limits
+
+MODEL = small_model()
+SIZE = sum(map(len, MODEL.values()))
+# A faulty peer is soon given up, and a slow one soon gets a second try.
+QUICK = {
+    "limits": Limits(hedge=0.2, failed=0.05, most_failed=0.5, busy=0.01),
+    "timeouts": PeerTimeouts(connect=1.0, first_byte=0.5, stall=0.5),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("vouched", [False, True], ids=["learned", "published"])
+def test_a_faulty_peer_that_alone_has_everything(make: Make, mode: str, vouched: bool) -> None:
+    files = published(MODEL) if vouched else MODEL
+    with FaultyServer(below("model", files)) as server:
+        faulty, nodes = make(), [make(**QUICK) for _ in range(2)]
+        reference = f"{server.url}/model"
+        faulty.stage(reference)
+        server.clear()
+        with relay(mode, faulty.address) as address:
+            faulty.known_as(address)
+            faulty.announce()
+            reports = stage_together(nodes, reference)
+        for node, report in zip(nodes, reports, strict=True):
+            assert node.files() == MODEL
+            assert sum(report.sources.values()) == SIZE
+        notes = [note for report in reports for note in report.notes]
+        assert (mode == "corrupt") == any("sent wrong bytes" in note for note in notes)
+
+
+@pytest.mark.parametrize("mode", ["corrupt", "stall"])
+def test_a_faulty_peer_beside_a_good_one_costs_the_origin_nothing(make: Make, mode: str) -> None:
+    with FaultyServer(below("model", published(MODEL))) as server:
+        good, faulty, node = make(), make(), make(**QUICK)
+        reference = f"{server.url}/model"
+        stage_together([good, faulty], reference)
+        server.clear()
+        with relay(mode, faulty.address) as address:
+            faulty.known_as(address)
+            faulty.announce()
+            report = node.stage(reference)
+        assert report.sources == {"origin": 0, "peer": SIZE, "local": 0}
+        assert node.files() == MODEL
+
+
+def test_a_node_that_died_is_done_without(make: Make) -> None:
+    with FaultyServer(below("model", MODEL)) as server:
+        dead, node = make(), make(**QUICK)
+        reference = f"{server.url}/model"
+        dead.stage(reference)
+        dead.known_as("127.0.0.1:1")
+        dead.announce()
+        began = time.monotonic()
+        node.stage(reference)
+        assert node.files() == MODEL
+        assert time.monotonic() - began < 60
