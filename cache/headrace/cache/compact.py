@@ -23,7 +23,8 @@ _BEGINNING = re.compile(r'\{"[^"\\]*"(: ?)\{"dtype"\1"\w*"(, ?)"shape"')
 
 
 class Columns(NamedTuple):
-    """The tensors of a header. Each begins where the one before ends, the first at 0, and none is empty.
+    """The tensors of a header. Each begins where the one before ends, the first at 0, and none is empty. Whether
+    a name occurs twice is not known yet.
 
     Attributes:
         metadata: as parsed, not checked further than that no name occurs twice.
@@ -73,9 +74,11 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _tensor(colon: str, comma: str) -> re.Pattern[str]:
     """One tensor: its name; dtype and shape as they are written; its offsets. No part can run on into the next
     tensor, so that searching takes a time proportional to the text, whatever that is."""
+    name = r'[^"\\\x00-\x1f]*'
     form = rf'\w*"{comma}"shape"{colon}\[[0-9, ]*'
+    offsets = rf"[0-9]+{comma}[0-9]+"
     return re.compile(
-        rf'"([^"\\]*)"{colon}\{{"dtype"{colon}"({form})\]{comma}"data_offsets"{colon}\[([0-9]+{comma}[0-9]+)\]\}}'
+        rf'"({name})"{colon}\{{"dtype"{colon}"({form})\]{comma}"data_offsets"{colon}\[({offsets})\]\}}'
     )
 
 
@@ -90,7 +93,7 @@ def _columns(text: str, metadata: Any, dtype_bits: Mapping[str, int]) -> Columns
     count = len(names)
     if not count or between[0] != "{" or between[-1].rstrip(" ") != "}" or between.count(comma) != count - 1:
         return None
-    if len(set(names)) != count or "__metadata__" in names or not "".join(names).isprintable():
+    if "__metadata__" in names:
         return None
     dtype_of: dict[str, str] = {}
     shape_of: dict[str, tuple[int, ...]] = {}

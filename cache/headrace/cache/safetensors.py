@@ -184,7 +184,9 @@ def parse_header(head: bytes | bytearray | memoryview, file_size: int, where: st
         text = _decode(head, where)
         columns = read_columns(text, DTYPE_BITS)
         if columns is not None:
-            return _from_columns(columns, data_start, file_size, where)
+            header = _from_columns(columns, data_start, file_size, where)
+            if len(header.tensors) == len(columns.names):
+                return header
         entries = _parse_json(text, None, where)
         metadata = _check_metadata(entries.pop(_METADATA, None), where)
         infos = [_check_entry(name, entry, where) for name, entry in entries.items()]

@@ -5,14 +5,14 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 import torch.distributed
 
-from headrace.cache.errors import UsageError
+from headrace.cache.errors import HeadraceError, UsageError
 from headrace.cache.safetensors import TensorInfo
 from headrace.loader.checkpoint import find_checkpoint
 from headrace.loader.choose import ReadPath, check_read_path
@@ -54,6 +54,7 @@ class LoadStats:
         verified: bytes of the files that were compared with their digests meanwhile.
         seconds: from the call until every tensor was there.
         read_path: mapped, buffered, direct, or mixed.
+        outside: seconds of these in which no thread was bringing bytes in, or waiting for some to be staged.
         trace: where the time went (summed over threads).
         explain: one sentence for each file: which read path, and why.
     """
@@ -66,6 +67,7 @@ class LoadStats:
     verified: int
     seconds: float
     read_path: str
+    outside: float
     trace: tuple[Span, ...]
     explain: tuple[str, ...]
 
@@ -171,7 +173,11 @@ def load(
         opening = _opening(source, selection, read_path, verify, transfer, for_device)
         opening.threads, opening.slices, opening.session = workers, slices, session
         stack.callback(opening.close)
-        with _running(transfer, opening, workers) as futures:
+        with _running(workers, transfer) as futures:
+            try:
+                opening.run()  # not in a thread of its own: making thousands of tensors there takes longer
+            except HeadraceError as failure:
+                _finish(futures, failure)
             _finish(futures)
         if session is not None:
             session.check()
@@ -231,7 +237,7 @@ def stream(
             opening = _opening(source, selection, read_path, verify, transfer, for_device, _STREAM_IMAGE)
             opening.threads, opening.slices, opening.session = workers, slices, session
             stack.callback(opening.close)
-            with _running(transfer, opening, workers) as futures:
+            with _running(workers, transfer, opening.run) as futures:
                 for ready in transfer.taken():
                     reader = ready.job.reader
                     yield reader.plan.placed[ready.number].info.name, reader.take(ready.number)
@@ -273,21 +279,22 @@ def _opening(
 
 @contextlib.contextmanager
 def _running(
-    transfer: Transfer, opening: Opening, workers: int
+    workers: int, transfer: Transfer, *others: Callable[[], None]
 ) -> Iterator[list[concurrent.futures.Future[None]]]:
-    """Run the opening and the reading threads; however the block is left, they have ended after it."""
-    with concurrent.futures.ThreadPoolExecutor(workers + 1, thread_name_prefix="headrace-load") as pool:
+    """Threads that read, and one for each of `others`; however the block is left, they have ended after it."""
+    jobs = [transfer.work] * workers + list(others)
+    with concurrent.futures.ThreadPoolExecutor(len(jobs), thread_name_prefix="headrace-load") as pool:
         try:
-            yield [*(pool.submit(transfer.work) for _ in range(workers)), pool.submit(opening.run)]
+            yield [pool.submit(job) for job in jobs]
         finally:
             transfer.stop()
 
 
-def _finish(futures: list[concurrent.futures.Future[None]]) -> None:
-    """Wait for all; raise the first failure. The opening comes last: it also fails when a reader did."""
+def _finish(futures: list[concurrent.futures.Future[None]], *failures: HeadraceError) -> None:
+    """Wait for all; raise the first failure. The opening's comes last: it also fails when a reader did."""
     concurrent.futures.wait(futures)
-    failures = [failure for future in futures if (failure := future.exception()) is not None]
-    for failure in sorted(failures, key=lambda failure: isinstance(failure, HandOverStopped)):
+    raised = [failure for future in futures if (failure := future.exception()) is not None]
+    for failure in sorted([*raised, *failures], key=lambda failure: isinstance(failure, HandOverStopped)):
         raise failure
 
 
@@ -298,10 +305,11 @@ def _stats(source: Source, opening: Opening, trace: Trace) -> LoadStats:
         snapshot=source.snapshot,
         files=len(opening.files),
         tensors=len(opening.infos),
-        bytes=sum(info.nbytes for info in opening.infos.values()),
+        bytes=sum([info[4] - info[3] for info in opening.infos.values()]),
         verified=sum(reader.check.verified_bytes for reader in opening.readers if reader.check),
         seconds=trace.elapsed(),
         read_path=used.pop() if len(used) == 1 else "mixed" if used else "none",
+        outside=trace.outside(),
         trace=trace.spans(),
         explain=tuple(opening.explain),
     )

@@ -127,7 +127,7 @@ def read_bytes(file: SourceFile, start: int, stop: int) -> bytes:
     """
     if not file.ready(start, stop):
         file.wait(start, stop)
-    result = bytearray()
+    result = b""
     while start + len(result) < stop:
         try:
             part = os.pread(file.fileno(), stop - start - len(result), start + len(result))
@@ -135,8 +135,8 @@ def read_bytes(file: SourceFile, start: int, stop: int) -> bytes:
             raise LoadError(f"{file.path} cannot be read: {error.strerror or error}") from error
         if not part:
             raise LoadError(f"{file.path} became shorter while it was read: stage or download it again")
-        result += part
-    return bytes(result)
+        result = result + part if result else part  # all at once, as good as always
+    return result
 
 
 def _alone(path: str) -> Checkpoint:

@@ -74,12 +74,13 @@ class GatherPlan(FilePlan):
             total += segment.stop - segment.start if way is Way.WHOLE_ROWS else comb.nbytes
         return total
 
-    def blocks(self, granularity: int = 1) -> Iterator[GatherBlock]:
-        """What is gathered at once: at most `BLOCK` bytes, whole rows of the comb where they are shorter."""
+    def blocks(self, granularity: int = 1, size: int | None = None) -> Iterator[GatherBlock]:
+        """What is gathered at once: at most `size` bytes, whole rows of the comb where they are shorter."""
+        size = size or BLOCK
         for number, comb in enumerate(self.combs):
-            step = BLOCK
-            if comb.row_bytes <= BLOCK:
-                step = max(1, min(BLOCK // comb.row_bytes, MAX_SPAN // comb.pitch)) * comb.row_bytes
+            step = size
+            if comb.row_bytes <= size:
+                step = max(1, min(size // comb.row_bytes, MAX_SPAN // comb.pitch)) * comb.row_bytes
             for first in range(0, comb.nbytes, step):
                 last = min(first + step, comb.nbytes)
                 start = self.header.data_start + comb.locate(first)

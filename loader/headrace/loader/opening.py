@@ -99,33 +99,39 @@ class Opening:
                     self.files.append(self.source.open(path))
                 if len(paths) > 1:
                     self._ask_for_headers()
-            total = sum(file.size for file in self.files)
-            free = available()
-            expected = self.checkpoint.expected()
-            opened: Iterable[_Opened] = (
-                self._open(file, expected.get(file.path, []), total, free) for file in self.files
-            )
-            if self.session is not None:
-                opened = list(opened)
-                with self.transfer.trace.span("agree"):
-                    self._agree(self.session, opened)
-            for one in opened:
-                with collector_paused():
-                    self._start(one, total, free)
-            names = set(self._home)
-            names.update(self.checkpoint.weight_map or ())
-            self.selection.check(names, self.source.name)
-            if self.slices is not None:
-                self.slices.check(names, self.source.name)
-            self.transfer.seal()
-            if self.max_image is None:
-                with self.transfer.trace.span("place"):  # while the threads read
-                    for reader in self.readers:
-                        reader.prepare()
+            # Where nothing is waited for. Thousands of objects may be made, all of which stay.
+            at_once = self.session is None and all(file.complete for file in self.files)
+            with collector_paused() if at_once else contextlib.nullcontext():
+                self._open_all()
             good = True
         finally:
             if not good:
                 self.transfer.stop()
+
+    def _open_all(self) -> None:
+        total = sum(file.size for file in self.files)
+        free = available()
+        expected = self.checkpoint.expected()
+        opened: Iterable[_Opened] = (
+            self._open(file, expected.get(file.path, []), total, free) for file in self.files
+        )
+        if self.session is not None:
+            opened = list(opened)
+            with self.transfer.trace.span("agree"):
+                self._agree(self.session, opened)
+        for one in opened:
+            with collector_paused():
+                self._start(one, total, free)
+        if self.slices is not None or not self.selection.everything:
+            names = {*self._home, *(self.checkpoint.weight_map or ())}
+            self.selection.check(names, self.source.name)
+            if self.slices is not None:
+                self.slices.check(names, self.source.name)
+        self.transfer.seal()
+        if self.max_image is None:
+            with self.transfer.trace.span("place"):  # while the threads read
+                for reader in self.readers:
+                    reader.prepare()
 
     def _ask_for_headers(self) -> None:
         """Have the kernel bring the beginnings of all files at once, before they are read one by one."""
@@ -155,9 +161,10 @@ class Opening:
         first = read(file, 0, min(PREFIX, file.size))
         length = header_length(first, file.size, where)
         self.transfer.require(file, PREFIX, PREFIX + length)
-        reader = self._read_early(file, PREFIX + length, total, free) if check is None else None
         with trace.span("header"):
             text = read(file, PREFIX, PREFIX + length)
+        reader = self._read_early(file, PREFIX + length, total, free) if check is None else None
+        with trace.span("header"):
             header = parse_header(text, file.size, where)
         missing = tuple(name for name in expected if name not in header.tensors)
         if missing:

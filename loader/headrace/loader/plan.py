@@ -73,8 +73,10 @@ class Selection:
         Raises:
             MissingTensor: a name that is not there, or a pattern that matches nothing.
         """
+        if self.names is None:
+            return
         present = set(present)
-        missing = sorted((self.names or frozenset()) - present)
+        missing = sorted(self.names - present)
         missing += [pattern for pattern in self.patterns if not fnmatch.filter(present, pattern)]
         if missing:
             raise MissingTensor(
@@ -151,18 +153,20 @@ class FilePlan:
         infos = (placed.info for placed in self.placed)
         return ((base + info.start, base + info.stop) for info in infos if info.start < info.stop)
 
-    def blocks(self, granularity: int = 1) -> Iterator[Block]:
-        """The reads, in file order, at most `BLOCK` bytes long (plus rounding).
+    def blocks(self, granularity: int = 1, size: int | None = None) -> Iterator[Block]:
+        """The reads, in file order, at most `size` bytes long (plus rounding).
 
         Args:
+            size: by default `BLOCK`.
             granularity: starts and stops are rounded outward to multiples of it (a power of two), within
                 the file: for pages, which can only be brought in whole.
         """
+        size = size or BLOCK
         end = self.header.file_size
         for number, segment in enumerate(self.segments):
             start = segment.start
             while start < segment.stop:
-                stop = min(segment.stop, (start // BLOCK + 1) * BLOCK)
+                stop = min(segment.stop, (start // size + 1) * size)
                 yield Block(start & -granularity, min(end, -(-stop // granularity) * granularity), number)
                 start = stop
 

@@ -26,6 +26,9 @@ class Span:
     count: int
 
 
+_BRINGING = ("read", "gather", "populate", "wait")
+
+
 class Trace:
     """Collects spans from any thread. `read` and `populate` are bytes being brought in by one read path or
     the other, `wait` is threads waiting for bytes that are not staged yet."""
@@ -34,26 +37,50 @@ class Trace:
         self._origin = time.perf_counter()
         self._lock = threading.Lock()
         self._spans: dict[str, list[float]] = {}
+        self._bringing = 0  # threads
+        self._since = 0.0  # at least one of them
+        self._covered = 0.0
 
     def elapsed(self) -> float:
         """Seconds since the beginning."""
         return time.perf_counter() - self._origin
 
+    def outside(self) -> float:
+        """Seconds until now in which no thread was bringing bytes in, or waiting for some to be staged. (What a
+        thread then waits for the interpreter is still counted as bringing in.)"""
+        with self._lock:
+            now = time.perf_counter()
+            covered = self._covered + (now - self._since if self._bringing else 0.0)
+            return now - self._origin - covered
+
     @contextlib.contextmanager
     def span(self, name: str) -> Iterator[None]:
-        begin = time.perf_counter()
+        begin = self._enter(name)
         try:
             yield
         finally:
-            self.add(name, begin, time.perf_counter())
+            self._leave(name, begin)
 
-    def add(self, name: str, begin: float, end: float, count: int = 1) -> None:
-        """Record one time from `begin` to `end`, both by `time.perf_counter()`."""
+    def _enter(self, name: str) -> float:
         with self._lock:
+            now = time.perf_counter()
+            if name in _BRINGING:
+                self._bringing += 1
+                if self._bringing == 1:
+                    self._since = now
+            return now
+
+    def _leave(self, name: str, begin: float) -> None:
+        with self._lock:
+            now = time.perf_counter()
+            if name in _BRINGING:
+                self._bringing -= 1
+                if not self._bringing:
+                    self._covered += now - self._since
             entry = self._spans.setdefault(name, [begin, 0.0, 0])
             entry[0] = min(entry[0], begin)
-            entry[1] += end - begin
-            entry[2] += count
+            entry[1] += now - begin
+            entry[2] += 1
 
     def events(self) -> int:
         """How often anything was recorded: it changes as work is done."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -115,12 +114,11 @@ class Transfer:
         """
         if file.ready(start, stop):
             return
-        begin = time.perf_counter()
-        while not file.ready(start, stop):
-            if self._state.stopped:
-                raise LoadError(f"{file.path} was not opened, because loading failed before")
-            file.wait(start, stop, timeout=POLL * 5)
-        self.trace.add("wait", begin, time.perf_counter())
+        with self.trace.span("wait"):
+            while not file.ready(start, stop):
+                if self._state.stopped:
+                    raise LoadError(f"{file.path} was not opened, because loading failed before")
+                file.wait(start, stop, timeout=POLL * 5)
 
     def add(self, file: SourceFile, reader: FileReader) -> None:
         """Let the threads read another file."""
@@ -162,9 +160,8 @@ class Transfer:
         try:
             while (found := self._next()) is not None:
                 job, block = found
-                begin = time.perf_counter()
-                job.reader.read(block)
-                self.trace.add(job.reader.span, begin, time.perf_counter())
+                with self.trace.span(job.reader.span):
+                    job.reader.read(block)
                 self._filled(job, block)
             good = True
         finally:
@@ -191,13 +188,12 @@ class Transfer:
                 job = state.jobs[0]
                 block = job.pending[min(state.waiting, len(job.pending) - 1)]
                 state.waiting += 1
-            begin = time.perf_counter()
             try:
-                job.file.wait(block.start, block.stop, timeout=POLL)
+                with self.trace.span("wait"):
+                    job.file.wait(block.start, block.stop, timeout=POLL)
             finally:
                 with self._change:
                     state.waiting -= 1
-            self.trace.add("wait", begin, time.perf_counter())
 
     def _must_pause(self) -> bool:
         if self._max_ahead is None or not self._state.completed:

@@ -7,7 +7,7 @@ element size does not divide, a view is impossible and its bytes are copied, onc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,7 +46,7 @@ class _Kind:
         return torch.unsafe_split_with_sizes(whole, rows)
 
 
-def make_views(image: torch.Tensor, items: Sequence[Item]) -> list[torch.Tensor | None]:
+def make_views(image: torch.Tensor, items: Iterable[Item]) -> list[torch.Tensor | None]:
     """One tensor for each item, in order; None for those that must be copied (see `copied`).
 
     Args:

@@ -16,6 +16,7 @@ import contextlib
 import mmap
 import os
 import time
+from collections.abc import Iterable
 from typing import ClassVar
 
 import torch
@@ -29,6 +30,9 @@ from headrace.loader.source import SourceFile
 from headrace.loader.verify import FileCheck
 from headrace.loader.views import shaped
 
+_PRESENT_BLOCK = 64 * 1024 * 1024
+"""Bytes that are brought in at once where all are in the page cache: that takes so little time that with `BLOCK` the
+threads would mostly wait for each other, and for the interpreter."""
 _PIECE = 256 * 1024  # stays in the CPU's cache between reading and hashing
 
 
@@ -45,6 +49,8 @@ class MappedReader(FileReader):
         """
         super().__init__(file, plan)
         self._absent = absent
+        if file.complete and absent is None:
+            self.block_size = _PRESENT_BLOCK
         mapping = map_file(file.fileno(), file.size, file.path)
         self._mapping: torch.Tensor | None = torch.frombuffer(mapping, dtype=torch.uint8)
 
@@ -97,5 +103,6 @@ class MappedReader(FileReader):
     def _image_of(self, placed: Placed) -> int:
         return 0
 
-    def _offset_of(self, placed: Placed) -> int:
-        return self.plan.header.data_start + placed.info.start
+    def _offsets(self, placed: Iterable[Placed]) -> Iterable[int]:
+        base = self.plan.header.data_start
+        return [base + info[3] for info, _, _ in placed]

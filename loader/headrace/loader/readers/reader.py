@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from operator import attrgetter
 from typing import ClassVar
 
 import torch
@@ -15,6 +16,8 @@ from headrace.loader.plan import Block, FilePlan, Placed
 from headrace.loader.source import SourceFile
 from headrace.loader.verify import FileCheck, Run
 from headrace.loader.views import copied, empty, make_views
+
+_info, _offset = attrgetter("info"), attrgetter("offset")  # for thousands of tensors
 
 
 class FileReader(ABC):
@@ -31,6 +34,8 @@ class FileReader(ABC):
     """Whether `fill` takes any part of a block, and shows a check what it brought in."""
     granularity: ClassVar[int] = 1
     """Blocks must be rounded outward to multiples of this."""
+    block_size: int | None = None
+    """Bytes of a block, where not `BLOCK`."""
 
     def __init__(self, file: SourceFile, plan: FilePlan) -> None:
         self.file = file
@@ -53,7 +58,8 @@ class FileReader(ABC):
     def _arrange(self, plan: FilePlan) -> None:
         self._members: Mapping[int, Sequence[int]]
         self._position: Sequence[int]  # of each tensor among its image's members; -1: it has no bytes
-        if len(plan.images) == 1 and not any(placed.info[3] == placed.info[4] for placed in plan.placed):
+        self._some_empty = any(info[3] == info[4] for info, _, _ in plan.placed)
+        if len(plan.images) == 1 and not self._some_empty:
             self._position = range(len(plan.placed))
             self._members = {0: self._position}
         else:
@@ -85,7 +91,7 @@ class FileReader(ABC):
         """All reads, in file order."""
         if self.check is not None and self.shows:
             return [*self.check.runs(self.plan, self.granularity)]
-        return list(self.plan.blocks(self.granularity))
+        return list(self.plan.blocks(self.granularity, self.block_size))
 
     def read(self, block: Block) -> None:
         """Fill one of `blocks`, and verify it where the file is to be verified.
@@ -130,8 +136,12 @@ class FileReader(ABC):
     def _image_of(self, placed: Placed) -> int:
         return placed.image
 
+    def _offsets(self, placed: Iterable[Placed]) -> Iterable[int]:
+        """Where in their images tensors lie."""
+        return map(_offset, placed)
+
     def _offset_of(self, placed: Placed) -> int:
-        return placed.offset
+        return next(iter(self._offsets([placed])))
 
     def prepare(self) -> None:
         """Make all views now. They may be made before their bytes are there: then it costs no time later."""
@@ -158,17 +168,16 @@ class FileReader(ABC):
     def take_all(self) -> dict[str, torch.Tensor]:
         """All tensors by name, in file order."""
         placed = self.plan.placed
-        result = {one.info.name: self._empty(one) for one in placed if not one.info.nbytes}
+        result: dict[str, torch.Tensor] = {}
+        if self._some_empty:
+            result = {one.info.name: self._empty(one) for one in placed if not one.info.nbytes}
         with self._views_lock, collector_paused():
             for image, members in self._members.items():
-                for number, view in zip(members, self._views_of(image), strict=True):
-                    one = placed[number]
-                    if view is None:
-                        view = self._copied(image, one)
-                    result[one.info.name] = view
+                for one, view in zip(self._placed(members), self._views_of(image), strict=True):
+                    result[one[0][0]] = self._copied(image, one) if view is None else view
                 del self._views[image]
                 self._release(image)
-        if -1 in self._position:  # those without bytes came first
+        if self._some_empty:  # those came first
             return {one.info.name: result[one.info.name] for one in placed}
         return result
 
@@ -182,12 +191,14 @@ class FileReader(ABC):
     def _views_of(self, image: int) -> list[torch.Tensor | None]:
         views = self._views.get(image)
         if views is None:
-            placed = self.plan.placed
-            items = [
-                (placed[number].info, self._offset_of(placed[number])) for number in self._members[image]
-            ]
+            placed = self._placed(self._members[image])
+            items = zip(map(_info, placed), self._offsets(placed), strict=True)
             views = self._views[image] = make_views(self._image(image), items)
         return views
+
+    def _placed(self, numbers: Sequence[int]) -> Sequence[Placed]:
+        placed = self.plan.placed
+        return placed if len(numbers) == len(placed) else [placed[number] for number in numbers]
 
     def _copied(self, image: int, placed: Placed) -> torch.Tensor:
         """A tensor of its own, where no view can be made."""

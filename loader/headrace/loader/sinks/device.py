@@ -10,6 +10,7 @@ from __future__ import annotations
 import queue
 import threading
 from bisect import bisect_right
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
@@ -180,8 +181,8 @@ class DeviceReader(FileReader):
     def _allocate(self, number: int) -> torch.Tensor:
         return self._device.allocate(self._sizes[number])
 
-    def _offset_of(self, placed: Placed) -> int:
-        return self._places[placed.info.start]
+    def _offsets(self, placed: Iterable[Placed]) -> Iterable[int]:
+        return [self._places[info.start] for info, _, _ in placed]
 
     def _empty(self, placed: Placed) -> torch.Tensor:
         return super()._empty(placed).to(self._device.torch_device)
