@@ -34,6 +34,7 @@ COMMANDS = {
     "export": "export",
     "agent": "agent",
     "status": "status",
+    "explain": "explain",
     "bench": "bench",
     "completion": "completion",
 }
