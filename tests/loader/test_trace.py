@@ -9,7 +9,7 @@ import pytest
 from support.safetensors_files import entry, file_bytes
 
 from headrace.loader import load
-from headrace.loader.plan import BLOCK
+from headrace.loader.plan import BLOCK, Block
 from headrace.loader.readers.mapped import MappedReader
 from headrace.loader.trace import Trace
 
@@ -52,9 +52,12 @@ def test_what_is_in_the_page_cache_is_mapped_in_larger_blocks(
     path.write_bytes(file_bytes([entry("a", "U8", (3 * BLOCK,))]))
     filled: list[int] = []
     fill = MappedReader.fill
-    monkeypatch.setattr(
-        MappedReader, "fill", lambda self, block: (filled.append(block.stop - block.start), fill(self, block))
-    )
+
+    def noting(self: MappedReader, block: Block) -> None:
+        filled.append(block.stop - block.start)
+        fill(self, block)
+
+    monkeypatch.setattr(MappedReader, "fill", noting)
     load(tmp_path, read_path="mapped")
     assert sum(filled) >= 3 * BLOCK
     assert len(filled) == 1
