@@ -57,9 +57,9 @@ class PeerTimeouts:
         idle: that a connection is kept for the next request.
     """
 
-    connect: float = 5.0
-    first_byte: float = 10.0
-    stall: float = 20.0
+    connect: float = 2.0
+    first_byte: float = 5.0
+    stall: float = 5.0
     idle: float = 15.0
 
 

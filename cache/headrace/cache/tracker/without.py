@@ -236,8 +236,14 @@ class PeerTracker:
             due = first + self._random.sample(rest, min(ASKED, len(rest)))
         for address in due:
             view.asking[address] = asyncio.create_task(self._ask(swarm, view, self._peers[address]))
-        if view.asking:
-            await asyncio.wait(view.asking.values(), timeout=self._patience.wait)
+        # Nobody waits for those that did not answer before: most likely they will not now.
+        awaited = [task for address, task in view.asking.items() if not self._failing(view, address)]
+        if awaited:
+            await asyncio.wait(awaited, timeout=self._patience.wait)
+
+    @staticmethod
+    def _failing(view: _View, address: str) -> bool:
+        return address in view.maps and view.maps[address].failures > 0
 
     async def _ask(self, swarm: Swarm, view: _View, peer: Peer) -> None:
         begun = self._clock()
