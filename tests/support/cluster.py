@@ -75,8 +75,7 @@ class Member:
     """One node of a cluster: its agent, its store, its network.
 
     Attributes:
-        settings: of its agent, from its next start on.
-        program: the command line that the agent's arguments follow.
+        settings, environ: of its agent, from its next start on.
     """
 
     def __init__(
@@ -87,9 +86,8 @@ class Member:
         self.folder = folder
         self.root = folder / "store"
         self.settings = {section: dict(values) for section, values in settings.items()}
-        self.program = [sys.executable, "-m", "headrace.cli.main"]
         self.process: subprocess.Popen[bytes] | None = None
-        self._environ = dict(environ)
+        self.environ = dict(environ)
         folder.mkdir(parents=True, exist_ok=True)
 
     def __repr__(self) -> str:
@@ -120,11 +118,11 @@ class Member:
         config.write_text(_toml(self.settings))
         with (self.folder / "log").open("ab") as log:
             self.process = subprocess.Popen(
-                self.node.command(*self.program, "agent", "--config", config),
+                self.node.command(sys.executable, "-m", "headrace.cli.main", "agent", "--config", config),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env=self._environ,
+                env=self.environ,
             )
         if wait:
             self.wait_ready()
@@ -253,6 +251,7 @@ class Cluster:
         folder: for stores, configurations and logs; a short path, for its sockets.
         rate: of each node's link.
         tracker: share a Redis; else members know of each other by `static` alone, if at all.
+        password: of that Redis.
         settings: more for each agent, by section.
     """
 
@@ -264,6 +263,7 @@ class Cluster:
         *,
         rate: Rate | None = None,
         tracker: bool = True,
+        password: str | None = None,
         settings: Settings | None = None,
     ) -> None:
         self.network = network
@@ -274,6 +274,7 @@ class Cluster:
         self._rate = rate
         self._settings = settings or {}
         self._tracker = tracker
+        self._password = password
         self._pool = ThreadPoolExecutor(64, "cluster")
         self.secret = folder / "secret"
 
@@ -284,7 +285,7 @@ class Cluster:
         self.secret.chmod(0o600)
         if self._tracker:
             node = self.network.nodes.get("redis") or self.network.add("redis")
-            self.redis = RedisServer(self.folder / "redis", namespace=node, host=node.address)
+            self.redis = RedisServer(self.folder / "redis", node, node.address, self._password)
             self.redis.start()
         self.add(count)
         return self
@@ -315,6 +316,10 @@ class Cluster:
         }
         if self.redis is not None:
             sections["tracker"] = {"url": self.redis.url}
+            if self._password is not None:
+                file = self.folder / "password"
+                file.write_text(self._password)
+                sections["tracker"]["password_file"] = str(file)
         for more in (self._settings, settings or {}):
             for section, values in more.items():
                 sections[section] = {**sections.get(section, {}), **values}

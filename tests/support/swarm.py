@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from typing import Any
 from support.models import CHUNK, PATIENT, visible
 from support.ports import free
 
-from headrace.cache.cluster import Cluster
+from headrace.cache.cluster import Cluster, ClusterSettings
 from headrace.cache.numbering import Numbering
 from headrace.cache.peers.client import PeerClient, PeerTimeouts
 from headrace.cache.peers.security import Security
@@ -28,6 +29,8 @@ from headrace.cache.staging import StageReport, StagingJob
 from headrace.cache.store import Store
 from headrace.cache.tracker.memory import MemorySwarms, MemoryTracker
 from headrace.cache.tracker.protocol import Peer, Swarm
+from headrace.cache.tracker.redis import RedisTracker
+from headrace.cache.tracker.settings import TrackerSettings
 
 LIVES = 3600.0
 TIMEOUTS = PeerTimeouts(connect=2.0, first_byte=2.0, stall=2.0)
@@ -58,7 +61,7 @@ class Node:
     def __init__(
         self,
         root: Path,
-        swarms: MemorySwarms,
+        shared: MemorySwarms | TrackerSettings | None,
         *,
         zone: str = "",
         limits: Limits | None = None,
@@ -68,10 +71,12 @@ class Node:
     ) -> None:
         """
         Args:
-            tracker: wraps the node's tracker.
+            shared: what the nodes have in common, in this process or in Redis; None: they only know each other.
+            tracker: wraps the node's tracker, in this process.
         """
         self.root = root
-        self.swarms = swarms
+        self.shared = shared
+        self.others: tuple[Peer, ...] = ()
         self._store = Store.open(root)
         self._server = PeerServer(self._store, Security(), listen=("127.0.0.1", 0))
         self._limits = limits
@@ -93,9 +98,13 @@ class Node:
 
     def known_as(self, address: str) -> None:
         """Others reach this node under that address from now on."""
-        self.swarms.unregister(self.root.name)
+        if isinstance(self.shared, MemorySwarms):
+            self.shared.unregister(self.root.name)
         self.me = Peer(self.root.name, address, self._zone)
-        self.swarms.register(self.me, LIVES, time.monotonic())
+        if isinstance(self.shared, MemorySwarms):
+            self.shared.register(self.me, LIVES, time.monotonic())
+        elif self.shared is not None:
+            asyncio.run(_register(self.shared, self.me))
 
     def stop(self) -> None:
         self._server.stop()
@@ -107,9 +116,19 @@ class Node:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
+    @property
+    def settings(self) -> ClusterSettings:
+        """As the node's agent hands them to a staging process."""
+        assert not isinstance(self.shared, MemorySwarms)
+        limits = self._limits or Limits()
+        return ClusterSettings(
+            self.me, self.shared, self.others, timeouts=self._timeouts, limits=limits, grace=self._grace
+        )
+
     def cluster(self) -> Cluster:
-        """As a staging process of the node opens it."""
-        tracker = self._wrap(MemoryTracker(self.swarms, self.me, time.monotonic))
+        """What shares memory with the other nodes."""
+        assert isinstance(self.shared, MemorySwarms)
+        tracker = self._wrap(MemoryTracker(self.shared, self.me, time.monotonic))
         client = PeerClient(timeouts=self._timeouts)
         return Cluster(self.me, tracker, client, limits=self._limits, grace=self._grace)
 
@@ -122,7 +141,8 @@ class Node:
             "domain": "default",
             **request,
         }
-        return StagingJob(StageRequest(reference, str(self.root), **values), Progress(), cluster=self.cluster)
+        cluster = self.cluster if isinstance(self.shared, MemorySwarms) else self.settings
+        return StagingJob(StageRequest(reference, str(self.root), **values), Progress(), cluster=cluster)
 
     def stage(self, reference: str, **request: Any) -> StageReport:
         return self.job(reference, **request).start().wait()
@@ -136,7 +156,16 @@ class Node:
         for snapshot in domain.snapshots():
             numbering = Numbering.of(snapshot.manifest(), domain.name)
             swarm = Swarm(snapshot.id, numbering.chunks)
-            self.swarms.announce(self.me, swarm, numbering.bitmap(domain), time.monotonic())
+            assert isinstance(self.shared, MemorySwarms)
+            self.shared.announce(self.me, swarm, numbering.bitmap(domain), time.monotonic())
+
+
+async def _register(settings: TrackerSettings, me: Peer) -> None:
+    tracker = RedisTracker(settings, me)
+    try:
+        await tracker.register(me, LIVES)
+    finally:
+        await tracker.close()
 
 
 @contextmanager
