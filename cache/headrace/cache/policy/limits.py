@@ -21,10 +21,11 @@ class Limits:
         claims: reads of the origin at once, when more of them brought more.
         batch: chunks asked about in one exchange.
         ahead: sources are looked for this long before they are needed.
-        announce: what few have is announced within this time.
-        announce_common: what many have is announced within this time.
-        common: holders that make a chunk one that many have.
-        poll, most_poll: pause between questions that brought nothing: it doubles from one to the other.
+        announce: what nobody else has is announced within this time.
+        most_announce: what others have, too, is announced within this time, at the latest.
+        poll, most_poll: pause between questions: it doubles from one to the other while they bring nothing.
+        crowd: with so many nodes these pauses are twice as long, with twice as many three times, and so on.
+        rush: with more nodes for each holder of a chunk than this, not all of them try to get it at once.
         retry, most_retry: the same while the tracker cannot be reached.
         keep: claims in use are confirmed this often.
         held_up: how long a chunk that another node reads may keep the window where it is.
@@ -41,17 +42,18 @@ class Limits:
 
     window: float = 0.05
     least_window: int = 32
-    downloads: int = 8
+    downloads: int = 6
     per_peer: int = 4
     first_claims: int = 2
     claims: int = 16
     batch: int = MAX_WANTED
     ahead: float = 0.4
     announce: float = 0.02
-    announce_common: float = 0.25
-    common: int = 8
+    most_announce: float = 0.25
     poll: float = 0.01
-    most_poll: float = 0.2
+    most_poll: float = 0.25
+    crowd: float = 50.0
+    rush: float = 16.0
     retry: float = 0.1
     most_retry: float = 2.0
     keep: float = 3.0

@@ -19,12 +19,14 @@ from headrace.cache.policy.fetch import Fetch, Outcome
 from headrace.cache.policy.flights import Flight, Flights
 from headrace.cache.policy.limits import Limits
 from headrace.cache.policy.news import News
+from headrace.cache.policy.pace import Pace
 from headrace.cache.policy.waits import Waits
 from headrace.cache.policy.window import Window
 from headrace.cache.tracker.protocol import Answer, Exchange, Peer
 
 _ASKED, _KNOWN, _FLYING, _HERE = map(int, (Stand.ASKED, Stand.KNOWN, Stand.FLYING, Stand.HERE))
 _FIRST_OF_ALL = -1
+_LAST_OF_ALL = 1 << 32
 _DEFAULT = Limits()
 
 
@@ -57,6 +59,7 @@ class Scheduler:
         self._choice = Choice(me, limits, random)
         self._flights = Flights(limits)
         self._waits = Waits(limits)
+        self._pace = Pace(limits, random.random)
         self._news = News()
         self._growth = ConnectionGrowth(target=limits.first_claims, limit=limits.claims)
         self._left = len(order)
@@ -70,12 +73,7 @@ class Scheduler:
         self._asking: Exchange | None = None
         self._silent_until = -inf
         self._retry = limits.retry
-        self._pause = limits.poll
-        self._poll_at = -inf
         self._keep_at = inf
-        self._arrived = 0
-        self._rate = 0.0
-        self._looked: float | None = None
         self._origin_since = 0.0
         self._origin_bytes = 0
         self._origin_ended = 0
@@ -135,7 +133,7 @@ class Scheduler:
                 self._board.hasten(chunk, _FIRST_OF_ALL)
             elif state[chunk] in (Stand.CLOSED, Stand.POOL, Stand.LATER):
                 self._offer(chunk)
-                self._poll_at = -inf
+                self._pace.hasten(-inf)
 
     # The tracker.
 
@@ -150,11 +148,12 @@ class Scheduler:
         speak = keeping or now >= news.due or news.gains >= limits.batch
         wanted: list[int] = []
         claims = 0
-        if now >= self._poll_at and (board.pooled or self._second):
-            ahead = self._ahead()
+        if now >= self._pace.ask_at and (board.pooled or self._second):
+            ahead = self._pace.ahead()
             claims = self._free_claims(now)
             if speak or board.stocked <= ahead >> 2 or (claims and self._unclaimed) or self._second:
-                wanted = self._choose(max(ahead - board.stocked, claims), now)
+                wanted = self._choose(max(ahead - board.stocked, claims))
+                self._pace.asked(now)
         if not wanted and not speak:
             return None
         keep: tuple[int, ...] = ()
@@ -183,19 +182,19 @@ class Scheduler:
                 self._news.give_back(chunk, now)
         if self._claims and self._keep_at == inf:
             self._keep_at = now + self._limits.keep
-        counts, urgent = answer.counts, self._urgent
+        counts = answer.counts
         for chunk, holders in answer.holders.items():
             if state[chunk] == _ASKED:
-                count = counts.get(chunk, len(holders))
-                self._counts[chunk] = count
-                board.know(chunk, _FIRST_OF_ALL if chunk in urgent else count, holders)
+                self._counts[chunk] = counts.get(chunk, len(holders))
+                board.know(chunk, self._rank(chunk), holders)
                 self._waits.over(chunk, now)
                 found += 1
             elif chunk in self._second:
                 flight = self._second[chunk]
                 flight.holders = (*flight.holders, *holders)
         self._second.clear()
-        self._pace(len(request.wanted), found, now)
+        if request.wanted:
+            self._pace.answered(len(request.wanted), found, counts.values(), now)
         if found < len(request.wanted):
             self._put_rest(request, answer, now)
 
@@ -274,9 +273,7 @@ class Scheduler:
         if outcome is Outcome.DONE:
             if source is not None:
                 self._flights.took(flight, now)
-            common = source is not None and self._counts.get(chunk, 0) >= self._limits.common
-            patience = self._limits.announce_common if common else self._limits.announce
-            self._arrive(chunk, now, now + patience)
+            self._arrive(chunk, now, now + self._pace.patience(source is None))
             self._advance()
             return [] if twin is None else [twin.fetch]
         flight.twin = None
@@ -302,9 +299,9 @@ class Scheduler:
         if self._asking is None:
             at = min(self._news.due, self._keep_at, self._board.next_rested())
             if self._board.pooled and (
-                self._board.stocked <= self._ahead() >> 2 or (self._unclaimed and self._free_claims(inf))
+                self._board.stocked <= self._pace.ahead() >> 2 or (self._unclaimed and self._free_claims(inf))
             ):
-                at = min(at, max(self._poll_at, now))
+                at = min(at, max(self._pace.ask_at, now))
                 if self._unclaimed and self._origin_until > now:
                     at = min(at, self._origin_until)
             at = max(at, self._silent_until)
@@ -318,7 +315,13 @@ class Scheduler:
         return chunk in self._urgent or self._window.place(chunk) >= 0
 
     def _rank(self, chunk: int) -> int:
-        return _FIRST_OF_ALL if chunk in self._urgent else self._counts.get(chunk, 1)
+        """The rarest first. But where very many nodes want what few have, some of them leave it for last."""
+        if chunk in self._urgent:
+            return _FIRST_OF_ALL
+        count = self._counts.get(chunk, 1)
+        if count * self._limits.rush < self._pace.crowd * self._random():
+            return _LAST_OF_ALL + count
+        return count
 
     def _arrive(self, chunk: int, now: float, due: float) -> None:
         state = self._board.state
@@ -332,7 +335,7 @@ class Scheduler:
         self._counts.pop(chunk, None)
         self._tries.pop(chunk, None)
         self._waits.forget(chunk)
-        self._arrived += 1
+        self._pace.arrived()
         self._news.gained(chunk, due if self._left else now)
 
     def _advance(self) -> None:
@@ -360,41 +363,22 @@ class Scheduler:
         pause = min(limits.busy * 2.0 ** min(tries, 16), limits.most_poll)
         self._board.put_off(chunk, now + pause * (0.5 + self._random()))
 
-    def _ahead(self) -> int:
-        """Chunks to have sources for: what arrives in the time that they are looked for ahead."""
-        limits = self._limits
-        return min(limits.batch, max(limits.downloads, int(self._rate * limits.ahead)))
-
     def _free_claims(self, now: float) -> int:
         if now < self._origin_until:
             return 0
         return max(0, self._growth.target - len(self._flights.origin) - len(self._claims))
 
-    def _choose(self, most: int, now: float) -> list[int]:
+    def _choose(self, most: int) -> list[int]:
         batch = self._limits.batch
         second = [chunk for chunk, flight in self._second.items() if not flight.over][:batch]
-        if self._looked is not None and now > self._looked:
-            self._rate = (self._rate + self._arrived / (now - self._looked)) / 2
-        self._looked, self._arrived = now, 0
         return second + self._board.choose(min(most, batch - len(second)))
-
-    def _pace(self, wanted: int, found: int, now: float) -> None:
-        """Ask again soon where there was something to be had, else later and later."""
-        if not wanted:
-            return
-        limits = self._limits
-        if found * 2 >= wanted:
-            self._pause = limits.poll
-        elif not found:
-            self._pause = min(self._pause * 2, limits.most_poll)
-        self._poll_at = now if found * 2 >= wanted else now + self._pause * (0.5 + self._random())
 
     def _put_rest(self, request: Exchange, answer: Answer, now: float) -> None:
         """Chunks without a source: others read some of them, and nobody the rest."""
         state = self._board.state
         reading = set(answer.reading)
         self._unclaimed = False
-        until = now + self._pause * (0.5 + self._random())
+        until = now + self._pace.pause()
         for chunk in request.wanted:
             if state[chunk] != _ASKED:
                 continue
@@ -422,7 +406,7 @@ class Scheduler:
         if self._origin_ended == 1:
             self._origin_since = flight.began
         if self._unclaimed:
-            self._poll_at = min(self._poll_at, now)
+            self._pace.hasten(now)
         if self._origin_ended >= 2 * self._growth.target:
             if now > self._origin_since:
                 self._growth.observe(self._origin_bytes / (now - self._origin_since))
