@@ -32,6 +32,7 @@ async def _ask_twice() -> int:
     try:
         for _ in range(3):
             await tracker.exchange(SWARM, Exchange(wanted=[0], claims=1))
+            await asyncio.sleep(0)
         return maps.asked
     finally:
         await tracker.close()
