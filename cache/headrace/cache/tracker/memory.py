@@ -30,8 +30,11 @@ NEAR = MAX_HOLDERS - 1
 
 @dataclass(slots=True)
 class _Node:
+    """A node that lives until its time is over. `told`: that it is new here."""
+
     peer: Peer
     until: float
+    told: bool = False
 
 
 @dataclass(slots=True)
@@ -61,12 +64,16 @@ class MemorySwarms:
     Args:
         lease: seconds for which a claim is granted or kept.
         lifetime: seconds for which a swarm is kept that nobody says anything of.
+        settled: see `SETTLED`.
         seed: of the choice among holders.
     """
 
-    def __init__(self, *, lease: float = 10.0, lifetime: float = 3600.0, seed: int = 0) -> None:
+    def __init__(
+        self, *, lease: float = 10.0, lifetime: float = 3600.0, settled: float = SETTLED, seed: int = 0
+    ) -> None:
         self.lease = lease
         self.lifetime = lifetime
+        self._settled = settled
         self._random = random.Random(seed).random
         self._nodes: dict[str, _Node] = {}
         self._due = float("inf")  # no node's time is over before
@@ -78,11 +85,11 @@ class MemorySwarms:
     # Members
 
     def register(self, peer: Peer, seconds: float, now: float) -> bool:
-        """See `Tracker.register`; True when the node was not registered."""
-        self.reap(now)
-        known = self._nodes.get(peer.id)
-        self._admit(peer, now + seconds)
-        return known is None
+        """See `Tracker.register`."""
+        self.reap(now, but=peer.id)
+        new = not self._lives(peer.id, now) or not self._nodes[peer.id].told
+        self._admit(peer, now + seconds, told=True)
+        return new
 
     def unregister(self, node: str) -> None:
         if self._nodes.pop(node, None) is not None:
@@ -93,20 +100,24 @@ class MemorySwarms:
         living = (node.peer for node in self._nodes.values() if node.until > now)
         return sorted(living, key=lambda peer: peer.id)
 
-    def reap(self, now: float) -> None:
-        """Forget nodes, swarms and values whose time is over."""
+    def reap(self, now: float, but: str = "") -> None:
+        """Forget nodes (`but` one), swarms and values whose time is over."""
         if now < self._due:
             return
-        for node in [name for name, node in self._nodes.items() if node.until <= now]:
-            self.unregister(node)
+        for name in [name for name, node in self._nodes.items() if node.until <= now and name != but]:
+            self.unregister(name)
         self._due = min((node.until for node in self._nodes.values()), default=float("inf"))
         for key in [key for key, swarm in self._swarms.items() if swarm.until <= now]:
             del self._swarms[key]
         for name in [name for name, (_, _, until) in self._values.items() if until <= now]:
             del self._values[name]
 
-    def _admit(self, peer: Peer, until: float) -> None:
-        self._nodes[peer.id] = _Node(peer, until)
+    def _lives(self, node: str, now: float) -> bool:
+        known = self._nodes.get(node)
+        return known is not None and known.until > now
+
+    def _admit(self, peer: Peer, until: float, *, told: bool) -> None:
+        self._nodes[peer.id] = _Node(peer, until, told)
         self._due = min(self._due, until)
 
     # Swarms
@@ -115,7 +126,7 @@ class MemorySwarms:
         """See `Tracker.announce`."""
         state = self._open(swarm, now)
         member = self._join(state, me, swarm.chunks, now)
-        settled = member.gained <= now - SETTLED
+        settled = member.gained <= now - self._settled
         bits = int.from_bytes(have, "little")
         for chunk in range(swarm.chunks):
             if bits >> chunk & 1:
@@ -151,6 +162,11 @@ class MemorySwarms:
             if not state.counts[chunk] and self._claimant(state, chunk, now) in (None, me.id):
                 state.claims[chunk] = (me.id, now + self.lease)
         return self._answer(state, me, request.wanted, request.claims, now)
+
+    def holders(self, swarm: Swarm, chunk: int) -> set[str]:
+        """Ids of all nodes that hold a chunk."""
+        state = self._swarms.get(swarm)
+        return set() if state is None else set(chain.from_iterable(state.holders[chunk].values()))
 
     def look(self, me: Peer, swarm: Swarm, chunks: Sequence[int], now: float) -> Answer:
         """See `Tracker.look`."""
@@ -248,8 +264,8 @@ class MemorySwarms:
     def _join(self, state: _Swarm, me: Peer, chunks: int, now: float) -> _Member:
         member = state.members.get(me.id)
         if member is None:
-            if me.id not in self._nodes:
-                self._admit(me, now + self.lease)
+            if not self._lives(me.id, now):
+                self._admit(me, now + self.lease, told=False)
             member = state.members[me.id] = _Member(me, bytearray(chunks))
         return member
 

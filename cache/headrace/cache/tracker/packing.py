@@ -17,7 +17,7 @@ from headrace.cache.tracker.protocol import Exchange, Peer
 LONGEST = 128
 """Bytes of a row that an answer carries, at most; the scripts know it, too."""
 
-_NUMBERS = struct.Struct(">8HB3I")
+_NUMBERS = struct.Struct(">8H2B3I")
 _HEAD = struct.Struct(">4I")
 _CHUNK = struct.Struct(">I")
 
@@ -57,7 +57,8 @@ def pack_request(
     request: Exchange,
     digests: Sequence[tuple[int, bytes]],
     *,
-    fresh: bool,
+    renew: bool,
+    stamp: bool,
     lease: float,
     lifetime: float,
     seed: int,
@@ -66,7 +67,8 @@ def pack_request(
 
     Args:
         digests: chunk and what is kept of it.
-        fresh: renew the keys' time to live, and note when the node gained something.
+        renew: the keys' time to live.
+        stamp: note that the node gained something just now.
         lease, lifetime: seconds.
         seed: 32 bits: Redis has no chance of its own.
     """
@@ -82,7 +84,8 @@ def pack_request(
         *map(len, lists),
         len(digests),
         request.claims,
-        fresh,
+        renew,
+        stamp,
         round(lease * 1000),
         round(lifetime * 1000),
         seed,

@@ -40,13 +40,14 @@ BATCH = 1000
 """Chunks that one script call takes in, at most: it blocks Redis for about a millisecond."""
 ANNOUNCED = 1024
 CLEARED = 2000
+LOOKED = 500
 CLEARING = 16
 """Script calls that one `register` spends on clearing up, at most."""
 GONE = 4
 """Nodes that one `register` clears up after, at most."""
 KIN_LIFETIME = 7 * 86400.0
 LARGEST_BITMAP = 256 << 20
-FRESH = SETTLED / 4
+RENEWED = 5.0
 """Seconds between two exchanges that renew the time to live of a swarm's keys."""
 
 _Packed = TypeVar("_Packed")
@@ -61,7 +62,8 @@ class _View:
     Attributes:
         owners: of columns.
         near: bits of the columns of this node's zone, the first column in the highest of `columns` bits.
-        renewed: when it last asked to renew the keys' time to live.
+        renewed: when it last renewed the keys' time to live.
+        stamped: when it last noted that it gained something.
     """
 
     columns: int = 0
@@ -70,6 +72,7 @@ class _View:
     owners: dict[int, Peer] = field(default_factory=dict)
     near: int = 0
     renewed: float = float("-inf")
+    stamped: float = float("-inf")
 
 
 class RedisTracker:
@@ -181,8 +184,9 @@ class RedisTracker:
         for first in range(0, swarm.chunks, ANNOUNCED):
             part = have[first // 8 : (first + ANNOUNCED) // 8]
             some = min(ANNOUNCED, swarm.chunks - first)
-            args = [self._me.id, first, some, part, _milliseconds(self._settled), self._lifetime]
-            await self._as_member(swarm, "announce", args)
+            settled = round(self._settled * 1000)
+            args = [self._me.id, first, some, part, settled, self._lifetime]
+            await self._as_member(swarm, "announce", args.copy)
 
     async def leave(self, swarm: Swarm) -> None:
         try:
@@ -207,6 +211,16 @@ class RedisTracker:
         return await self._answer(swarm, view, request.wanted, rows)
 
     async def look(self, swarm: Swarm, chunks: Sequence[int]) -> Answer:
+        found = [await self._look(swarm, chunks[at : at + LOOKED]) for at in range(0, len(chunks), LOOKED)]
+        if len(found) == 1:
+            return found[0]
+        return Answer(
+            holders={chunk: some for part in found for chunk, some in part.holders.items()},
+            counts={chunk: count for part in found for chunk, count in part.counts.items()},
+            digests={chunk: digest for part in found for chunk, digest in part.digests.items()},
+        )
+
+    async def _look(self, swarm: Swarm, chunks: Sequence[int]) -> Answer:
         rows_key, nodes, _, digests = self._keys.swarm(swarm)
         args = [self._me.id, len(chunks), self._random.getrandbits(31), pack_chunks(chunks)]
         answer = await self._link.run(script("look"), [rows_key, nodes, digests], args)
@@ -218,30 +232,36 @@ class RedisTracker:
     async def _exchange(self, swarm: Swarm, request: Exchange) -> tuple[_View, Rows]:
         name = swarm_name(swarm)
         said = [(c, self._seals.pack_digest(name, c, d)) for c, d in request.digests.items()]
-        now = time.monotonic()
-        view = self._views.setdefault(swarm, _View())
-        fresh = now - view.renewed >= min(FRESH, self._settings.lifetime / 8)
-        packed = pack_request(
-            request,
-            said,
-            fresh=fresh,
-            lease=self._settings.lease,
-            lifetime=self._settings.lifetime,
-            seed=self._random.getrandbits(31),
-        )
-        answer = await self._as_member(swarm, "exchange", [self._me.id, *packed])
-        if fresh:
-            view.renewed = now
-        rows = self._ours(unpack_rows, answer)
+
+        def args() -> list[Any]:
+            now = time.monotonic()
+            view = self._views.setdefault(swarm, _View())
+            renew = now - view.renewed >= min(RENEWED, self._settings.lifetime / 8)
+            stamp = bool(request.gained) and now - view.stamped >= self._settled / 4
+            view.renewed = now if renew else view.renewed
+            view.stamped = now if stamp else view.stamped
+            packed = pack_request(
+                request,
+                said,
+                renew=renew,
+                stamp=stamp,
+                lease=self._settings.lease,
+                lifetime=self._settings.lifetime,
+                seed=self._random.getrandbits(31),
+            )
+            return [self._me.id, *packed]
+
+        rows = self._ours(unpack_rows, await self._as_member(swarm, "exchange", args))
         return await self._view(swarm, rows), rows
 
-    async def _as_member(self, swarm: Swarm, name: str, args: Sequence[Any]) -> Any:
+    async def _as_member(self, swarm: Swarm, name: str, args: Callable[[], list[Any]]) -> Any:
         """What a script answers to a member of the swarm, which this node then is."""
         for _ in range(3):
-            answer = await self._link.run(script(name), self._keys.swarm(swarm), args)
+            answer = await self._link.run(script(name), self._keys.swarm(swarm), args())
             if answer[0] != b"?":
                 return answer
             await self._join(swarm)
+            self._views.pop(swarm, None)
         raise TrackerUnavailable(
             "the tracker forgets this node as soon as it is entered: is its memory full?"
         )
@@ -288,9 +308,9 @@ class RedisTracker:
         counts = dict.fromkeys(chunks, 0)
         chosen: dict[int, list[int]] = {}
         for chunk, start, row in _held(chunks, rows):
+            counts[chunk] = row.bit_count() * (rows.columns // rows.width)
             row &= ~_own(start, rows)
             near = view.near >> (rows.columns - start - rows.width) & ((1 << rows.width) - 1)
-            counts[chunk] = row.bit_count() * (rows.columns // rows.width)
             chosen[chunk] = [start + column for column in sample(row, near, rows.width, self._random.random)]
         await self._meet(swarm, view, {column for some in chosen.values() for column in some})
         holders = {}

@@ -253,7 +253,9 @@ class PeerTracker:
         except PeerMissing:
             known.part, known.bits, known.failures = False, None, 0
             known.answered = self._clock()
-            known.next = known.answered + self._patience.missing
+            # Nodes that start together have their first map within moments.
+            young = known.answered - view.begun < self._patience.missing
+            known.next = known.answered + (self._patience.fresh if young else self._patience.missing)
         except ClusterError as error:
             # Also one of another version, or without our secret: it is of no use, whatever it has.
             _log.debug("no map from %s: %s", peer.address, error)

@@ -6,8 +6,8 @@ local meta = call('HMGET', nodes, 'm', 'n:' .. me)
 if not meta[1] or not meta[2] then return {'?'} end
 local stride, epoch, blocks, used, zones, learned = struct.unpack(META, meta[1])
 local slot = tonumber(meta[2])
-local gained, lost, missing, freed, kept, wanted, said, budget, fresh, lease, lifetime, seed =
-  struct.unpack('>I2I2I2I2I2I2I2I2BI4I4I4', ARGV[2])
+local gained, lost, missing, freed, kept, wanted, said, budget, renew, stamp, lease, lifetime, seed =
+  struct.unpack('>I2I2I2I2I2I2I2I2BBI4I4I4', ARGV[2])
 local chunks = numbers(ARGV[3], gained + lost + missing + freed + kept + wanted)
 local clock
 local function now()
@@ -63,7 +63,7 @@ if said > 0 then
   if learned == 0 then
     learned = 1
     call('HSET', nodes, 'm', struct.pack(META, stride, epoch, blocks, used, zones, 1))
-    fresh = 1
+    renew = 1
   end
 end
 
@@ -89,8 +89,8 @@ if #absent > 0 then
   end
 end
 if kept > 0 or #absent > 0 then call('PEXPIRE', claims, lifetime) end
-if fresh == 1 then
-  if gained > 0 then call('HSET', nodes, 't:' .. me, format('%d', now())) end
+if stamp == 1 then call('HSET', nodes, 't:' .. me, format('%d', now())) end
+if renew == 1 then
   for i = 1, 4 do call('PEXPIRE', KEYS[i], lifetime) end
 end
 local answer = {'.', struct.pack('>I4I4I4I4', stride, epoch, blocks, slot), table.concat(kinds), found, parts}
