@@ -38,6 +38,7 @@ class Membership:
     Attributes:
         me: this node as others see it; None while it serves nobody.
         members: other nodes that are known.
+        announced: the swarms of snapshots that the tracker was told of.
         calls: of the tracker by this process.
         lost: how often the tracker was given up for a time.
     """
@@ -50,7 +51,7 @@ class Membership:
         self._cluster: Cluster | None = None
         self._beating: asyncio.Task[None] | None = None
         self._due = asyncio.Event()
-        self._announced: dict[str, Swarm] = {}
+        self.announced: dict[str, Swarm] = {}
         self._renew_at = 0.0
         self.me: Peer | None = None
         self.members: tuple[Peer, ...] = ()
@@ -152,7 +153,7 @@ class Membership:
             "members": [asdict(peer) for peer in self.members],
             "tracker": self._settings.tracker.place if self._settings.tracker else None,
             "degraded": self.degraded,
-            "announced": len(self._announced),
+            "announced": len(self.announced),
             "uploads": asdict(self.uploads()),
         }
 
@@ -185,11 +186,11 @@ class Membership:
         unknown = await tracker.register(me, _BEATS * every)
         self.members = tuple(peer for peer in await tracker.members() if peer.id != me.id)
         held = set(await asyncio.to_thread(self._snapshots))
-        for gone in [snapshot for snapshot in self._announced if snapshot not in held]:
+        for gone in [snapshot for snapshot in self.announced if snapshot not in held]:
             # Evicted, by this agent or another process.
             self.calls += 1
-            await tracker.leave(self._announced.pop(gone))
-        if not unknown and time.monotonic() < self._renew_at and held <= set(self._announced):
+            await tracker.leave(self.announced.pop(gone))
+        if not unknown and time.monotonic() < self._renew_at and held <= set(self.announced):
             return
         # Well before the keys expire.
         self._renew_at = time.monotonic() + self._settings.tracker.lifetime / 3
@@ -199,7 +200,7 @@ class Membership:
                 self.calls += 1
                 swarm, have = found
                 await tracker.announce(swarm, have)
-                self._announced[snapshot] = swarm
+                self.announced[snapshot] = swarm
 
     def _snapshots(self) -> list[str]:
         return [snapshot.id for domain in self._store.domains() for snapshot in domain.snapshots()]

@@ -113,6 +113,8 @@ class Metrics(Collector):
         yield _gauge(
             "headrace_peer_connections", "Connections of other nodes that are open.", stats.connections
         )
+        announced = len(part.announced)
+        yield _gauge("headrace_snapshots_announced", "Snapshots that the tracker was told of.", announced)
         yield _gauge("headrace_peers", "Other nodes that are known.", len(part.members))
         yield _gauge(
             "headrace_tracker_degraded", "1 while the tracker cannot be reached.", int(part.degraded)
