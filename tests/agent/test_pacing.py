@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from support.agents import RunningAgent
 from support.command import Command, wait_until
 
-from headrace.cache.bandwidth import KINDS
+from headrace.cache.bandwidth import KINDS, Class
 from headrace.prefetch.pacing import paces
 from headrace.prefetch.settings import Bandwidth, Rates
 
@@ -22,7 +22,8 @@ BANDWIDTHS = st.builds(Bandwidth, RATES, RATES, RATES, LIMITS)
 
 @given(BANDWIDTHS, st.integers(0, 5), st.integers(0, 5))
 def test_no_class_and_no_node_gets_more_than_is_said(bandwidth: Bandwidth, demanded: int, ahead: int) -> None:
-    shares = paces(bandwidth, ["demand"] * demanded + ["prestage"] * ahead)
+    running: list[Class] = [*(["demand"] * demanded), *(["prestage"] * ahead)]
+    shares = paces(bandwidth, running)
     for kind in KINDS:
         total, held_back = getattr(bandwidth.total, kind), bandwidth.held_back
         demand, prestage = shares["demand"][kind], shares["prestage"][kind]
