@@ -46,8 +46,19 @@ class Pace:
         kind = _KINDS.get(source)
         for start in range(0, size, PIECE):
             part = min(PIECE, size - start)
-            if kind is not None and not self.bandwidth.take(kind, self.of, part, stop):
+            if kind is not None and not self._take(kind, part, stop):
                 return False
-            if not self.bandwidth.take("disk", self.of, part, stop):
+            if not self._take("disk", part, stop):
                 return False
         return True
+
+    def _take(self, kind: Kind, size: int, stop: Callable[[], bool]) -> bool:
+        while not stop():
+            of = self.of
+            # Who waits as one class goes on as the other when that has changed.
+            if self.bandwidth.take(kind, of, size, self._until(of, stop)):
+                return True
+        return False
+
+    def _until(self, of: Class, stop: Callable[[], bool]) -> Callable[[], bool]:
+        return lambda: stop() or self.of != of
