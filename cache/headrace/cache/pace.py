@@ -25,6 +25,10 @@ class Pace:
         """Whether somebody waits for the job."""
         return self.of == "demand"
 
+    def rate(self, kind: Kind) -> float | None:
+        """Bytes per second that the job may move now; None: unlimited; 0: none."""
+        return self.bandwidth.rate(kind, self.of)
+
     def set(self, of: Class, rates: Mapping[str, float | None], share: int = 1) -> None:
         """Another class, and other rates, at once.
 

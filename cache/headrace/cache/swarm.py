@@ -33,7 +33,7 @@ from headrace.cache.manifest import Manifest
 from headrace.cache.policy.fetch import Fetch, Outcome
 from headrace.cache.policy.scheduler import Scheduler
 from headrace.cache.store import Domain
-from headrace.cache.tracker.protocol import Exchange, Swarm
+from headrace.cache.tracker.protocol import MAX_WANTED, Exchange, Swarm
 from headrace.cache.transfers import Content, Transfers
 from headrace.cache.vouched import Vouched
 
@@ -42,6 +42,8 @@ _LOOK_FIRST, _LOOK_MOST = 0.01, 0.1
 _LEAST_PAUSE = 0.001
 _FAREWELL = 2.0
 _COPIES = 2
+# Seconds that reading all claimed chunks takes, where the pace is limited.
+_CLAIMED = 5.0
 
 
 class Swarming:
@@ -102,6 +104,9 @@ class Swarming:
             self._copy(local)
             while not self._ending:
                 self._observe()
+                if self._content.pace.rate("origin") == 0:
+                    # Others may read what this node is not allowed to.
+                    self._transfers.cancel_origin()
                 self._ask()
                 self._start()
                 await self._pause()
@@ -240,10 +245,11 @@ class Swarming:
 
     async def _say(self, request: Exchange) -> None:
         # Should the answer be lost, these may be claimed.
-        asked = set(request.wanted) - self._claims if request.claims else set()
+        said = self._complete(request)
+        asked = set(said.wanted) - self._claims if said.claims else set()
         self._claims |= asked
         try:
-            answer = await self._cluster.tracker.exchange(self._swarm, self._complete(request))
+            answer = await self._cluster.tracker.exchange(self._swarm, said)
         except TrackerUnavailable as error:
             self._content.progress.note(f"the tracker cannot be reached: {error}")
             self._scheduler.unanswered(request, time.monotonic())
@@ -267,7 +273,17 @@ class Swarming:
                     digests[number] = digest
         # The node's claim may be what another stager of it reads by.
         give_back = tuple(n for n in request.give_back if not self._read_beside(n))
-        return replace(request, digests=digests, give_back=give_back)
+        claims = min(request.claims, self._claims_allowed())
+        return replace(request, digests=digests, give_back=give_back, claims=claims)
+
+    def _claims_allowed(self) -> int:
+        """No more than are soon read at this job's pace: other nodes wait for what is claimed."""
+        rate = self._content.pace.rate("origin")
+        if rate is None:
+            return MAX_WANTED
+        usual = sum(self._content.numbering.sizes) / max(1, self._swarm.chunks)
+        most = max(1, int(_CLAIMED * rate / usual)) if rate else 0
+        return max(0, most - len(self._claims))
 
     def _read_beside(self, number: int) -> bool:
         filling, index = self._content.at(number)

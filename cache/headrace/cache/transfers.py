@@ -82,6 +82,12 @@ class _Run:
     started: bool = False
     cancelled: bool = False
 
+    def cancel(self) -> None:
+        if not self.cancelled:
+            self.cancelled = True
+            if self.started and self.task is not None:
+                self.task.cancel()
+
 
 class Transfers:
     """Runs transfers; used from one event loop."""
@@ -182,11 +188,14 @@ class Transfers:
         """End a transfer whose chunk came by another."""
         run = self._runs.get(fetch.number)
         # One of several chunks of a request is just dropped when it comes.
-        if run is None or len(run.fetches) > 1 or run.task is None:
-            return
-        run.cancelled = True
-        if run.started:
-            run.task.cancel()
+        if run is not None and len(run.fetches) == 1:
+            run.cancel()
+
+    def cancel_origin(self) -> None:
+        """End all reading of the origin."""
+        for run in {id(run): run for run in self._runs.values()}.values():
+            if run.fetches[0].peer is None:
+                run.cancel()
 
     # -- running
 
