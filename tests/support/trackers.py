@@ -73,13 +73,16 @@ class Beside:
         self.client: Any = redis.Redis(host=host, port=port)
         self._prefix = settings.prefix
 
-    def keys(self) -> list[bytes]:
+    def names(self) -> list[bytes]:
         return sorted(self.client.scan_iter(match=f"{self._prefix}[:{{]*"))
 
     def key(self, ending: str) -> bytes:
         """The one key that ends so."""
-        (found,) = (key for key in self.keys() if key.endswith(ending.encode()))
+        (found,) = (key for key in self.names() if key.endswith(ending.encode()))
         return found
+
+    def close(self) -> None:
+        self.client.close()
 
     def __enter__(self) -> Self:
         return self
@@ -87,4 +90,4 @@ class Beside:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.client.close()
+        self.close()

@@ -45,9 +45,9 @@ def own_redis(tmp_path: Path) -> Iterator[RedisServer]:
 
 @pytest.fixture
 def settings(server: RedisServer) -> TrackerSettings:
-    return TrackerSettings(server.url, prefix=f"test{next(_serial)}", timeout=20)
+    return TrackerSettings(server.url, prefix=f"test{next(_serial)}", timeout=200)
 
 
 @pytest.fixture
 def redis_settings(redis: RedisServer) -> TrackerSettings:
-    return TrackerSettings(redis.url, prefix=f"test{next(_serial)}", timeout=20)
+    return TrackerSettings(redis.url, prefix=f"test{next(_serial)}", timeout=200)

@@ -144,10 +144,9 @@ class MemorySwarms:
         """See `Tracker.exchange`."""
         state = self._open(swarm, now)
         member = self._join(state, me, swarm.chunks, now)
-        for chunk in request.lost:
-            self._lose(state, me.id, chunk)
-        for chunk, holder in request.missing:
-            self._lose(state, holder, chunk)
+        here_no_more = [*((chunk, me.id) for chunk in request.lost), *request.missing]
+        for chunk, holder in here_no_more:
+            self._clear(state, holder, chunk)
         for chunk in request.give_back:
             if state.claims.get(chunk, ("", 0.0))[0] == me.id:
                 del state.claims[chunk]
@@ -155,9 +154,10 @@ class MemorySwarms:
             member.gained = now
             for chunk in request.gained:
                 self._gain(state, me, member, chunk)
-            for chunk, digest in request.digests.items():
-                if member.have[chunk]:
-                    state.digests.setdefault(chunk, digest)
+        for chunk, _ in here_no_more:
+            self._unlearn(state, chunk)
+        for chunk, digest in request.digests.items():
+            state.digests.setdefault(chunk, digest)
         for chunk in request.keep:
             if not state.counts[chunk] and self._claimant(state, chunk, now) in (None, me.id):
                 state.claims[chunk] = (me.id, now + self.lease)
@@ -288,12 +288,17 @@ class MemorySwarms:
         state.claims.pop(chunk, None)
 
     def _lose(self, state: _Swarm, node: str, chunk: int) -> None:
+        self._clear(state, node, chunk)
+        self._unlearn(state, chunk)
+
+    def _clear(self, state: _Swarm, node: str, chunk: int) -> None:
         member = state.members.get(node)
-        if member is None or not member.have[chunk]:
-            return
-        member.have[chunk] = 0
-        state.counts[chunk] -= 1
-        state.holders[chunk][member.peer.zone].remove(node)
+        if member is not None and member.have[chunk]:
+            member.have[chunk] = 0
+            state.counts[chunk] -= 1
+            state.holders[chunk][member.peer.zone].remove(node)
+
+    def _unlearn(self, state: _Swarm, chunk: int) -> None:
         if not state.counts[chunk]:
             state.digests.pop(chunk, None)
 

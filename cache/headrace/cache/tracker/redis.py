@@ -15,7 +15,7 @@ import logging
 import random
 import secrets as chance
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -198,6 +198,8 @@ class RedisTracker:
     async def exchange(self, swarm: Swarm, request: Exchange) -> Answer:
         if len(request.wanted) > MAX_WANTED:
             raise ValueError(f"{len(request.wanted)} chunks wanted at once")
+        _check(swarm, request.gained, request.lost, request.wanted, request.keep, request.give_back)
+        _check(swarm, [chunk for chunk, _ in request.missing], request.digests)
         gained = request.gained
         while len(gained) > BATCH:
             await self._exchange(swarm, Exchange(gained=gained[:BATCH]))
@@ -211,6 +213,7 @@ class RedisTracker:
         return await self._answer(swarm, view, request.wanted, rows)
 
     async def look(self, swarm: Swarm, chunks: Sequence[int]) -> Answer:
+        _check(swarm, chunks)
         found = [await self._look(swarm, chunks[at : at + LOOKED]) for at in range(0, len(chunks), LOOKED)]
         if len(found) == 1:
             return found[0]
@@ -418,6 +421,14 @@ class RedisTracker:
                 f"the tracker at {self._settings.place} has something under the prefix {self._settings.prefix!r} that "
                 f"headrace did not write: choose another prefix, or delete those keys."
             ) from None
+
+
+def _check(swarm: Swarm, *lists: Iterable[int]) -> None:
+    """Raises ValueError for chunks that the swarm does not have: in Redis they would be those of nobody."""
+    for chunks in lists:
+        for chunk in chunks:
+            if not 0 <= chunk < swarm.chunks:
+                raise ValueError(f"there is no chunk {chunk} in a swarm of {swarm.chunks}")
 
 
 def _milliseconds(seconds: float) -> int:

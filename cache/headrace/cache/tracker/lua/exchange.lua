@@ -27,7 +27,10 @@ for i = 1, missing do
   if column then set(chunks[gained + lost + i], tonumber(column), '0') end
 end
 for i = 1, gained do set(chunks[i], slot, '1') end
-if n > 0 then call('BITFIELD', rows, unpack(bits)) end
+if n > 0 then
+  call('BITFIELD', rows, unpack(bits))
+  call('PEXPIRE', rows, lifetime, 'NX')  -- it may be new
+end
 if learned == 1 then unlearn(rows, digests, stride, chunks, gained + 1, gained + lost + missing) end
 
 -- Claims end with a gain, and when they are given back; those still needed are kept, or made again.

@@ -18,6 +18,7 @@ if meta then
   stride, epoch, blocks, used, zones, learned = struct.unpack(META, meta)
 else
   call('DEL', rows)  -- what a swarm without members may have left
+  epoch = milliseconds() % 4294967296  -- not one that nodes remember of an earlier swarm of this name
 end
 local owned = call('HGET', nodes, 'z:' .. zone)
 if not owned and zones >= 64 then  -- the last zones share the columns of those that have none
