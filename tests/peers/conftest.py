@@ -31,3 +31,28 @@ def one(store: Store) -> Iterator[Held]:
 def server(store: Store) -> Iterator[PeerServer]:
     with PeerServer(store, KEYS, node="node-1") as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
+    """A store that tests only read."""
+    with store_in(tmp_path_factory.mktemp("shelf")) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def small(shelf: Store) -> Held:
+    """A complete object of it."""
+    made = held(shelf)
+    made.fill()
+    made.complete()
+    return made
+
+
+@pytest.fixture(scope="module")
+def large(shelf: Store) -> Held:
+    """A complete object that is more than the buffers of two sockets hold."""
+    made = held(shelf, (16 << 20, 16 << 20), seed=7, name="large.bin")
+    made.fill()
+    made.complete()
+    return made

@@ -218,10 +218,9 @@ def test_a_damaged_object_is_missing(server: PeerServer, one: Held) -> None:
         ("*", 404),
     ],
 )
-def test_paths_that_name_nothing_are_refused(store: Store, one: Held, path: str, status: int) -> None:
-    one.fill()
-    with PeerServer(store, OPEN) as server, connection(server) as sock:
-        send_get(sock, path.replace("{id}", one.id).replace("{ID}", one.id.upper()))
+def test_paths_that_name_nothing_are_refused(shelf: Store, small: Held, path: str, status: int) -> None:
+    with PeerServer(shelf, OPEN) as server, connection(server) as sock:
+        send_get(sock, path.replace("{id}", small.id).replace("{ID}", small.id.upper()))
         got, headers, body = answer(sock)
         assert got == status
         assert headers["headrace-version"] == "1.0"
@@ -231,8 +230,8 @@ def test_paths_that_name_nothing_are_refused(store: Store, one: Held, path: str,
         assert answer(sock)[0] == 200
 
 
-def test_another_major_version_is_told_which_one_is_spoken_here(store: Store) -> None:
-    with PeerServer(store, OPEN) as server, connection(server) as sock:
+def test_another_major_version_is_told_which_one_is_spoken_here(shelf: Store) -> None:
+    with PeerServer(shelf, OPEN) as server, connection(server) as sock:
         send_get(sock, "/v2/ping", "Headrace-Version: 2.0")
         status, _, body = answer(sock)
         assert status == 400
@@ -240,17 +239,16 @@ def test_another_major_version_is_told_which_one_is_spoken_here(store: Store) ->
         assert b"1.0" in body
 
 
-def test_a_newer_minor_version_is_understood(store: Store, one: Held) -> None:
-    one.fill()
-    with PeerServer(store, OPEN) as server, connection(server) as sock:
+def test_a_newer_minor_version_is_understood(shelf: Store, small: Held) -> None:
+    with PeerServer(shelf, OPEN) as server, connection(server) as sock:
         send_get(
             sock,
-            Ask("chunks", one.domain, one.id, 1, 2).path,
+            Ask("chunks", small.domain, small.id, 1, 2).path,
             "Headrace-Version: 1.7",
             "Headrace-Class: urgent-later",
             "Headrace-Something: else",
         )
-        assert answer(sock)[2] == one.bytes_of(1, 2)
+        assert answer(sock)[2] == small.bytes_of(1, 2)
 
 
 @pytest.mark.parametrize(
@@ -268,23 +266,22 @@ def test_a_newer_minor_version_is_understood(store: Store, one: Held) -> None:
     ],
     ids=["huge header", "no end", "TLS", "nonsense", "no version", "no colon", "folded", "POST", "empty"],
 )
-def test_what_is_no_request_is_refused(store: Store, request_: bytes, status: int) -> None:
-    with PeerServer(store, OPEN) as server:
+def test_what_is_no_request_is_refused(shelf: Store, request_: bytes, status: int) -> None:
+    with PeerServer(shelf, OPEN) as server:
         with connection(server) as sock:
             sock.sendall(request_)
             assert answer(sock)[0] == status
         assert json.loads(asking(lambda c: c.ping(peer(server)), OPEN))
 
 
-def test_requests_can_be_sent_before_the_answers_are_read(store: Store, one: Held) -> None:
-    one.fill()
-    with PeerServer(store, OPEN) as server, connection(server) as sock:
-        paths = [Ask("chunks", one.domain, one.id, n, n + 1).path for n in (1, 0)]
+def test_requests_can_be_sent_before_the_answers_are_read(shelf: Store, small: Held) -> None:
+    with PeerServer(shelf, OPEN) as server, connection(server) as sock:
+        paths = [Ask("chunks", small.domain, small.id, n, n + 1).path for n in (1, 0)]
         sock.sendall("".join(f"GET {p} HTTP/1.1\r\n\r\n" for p in paths).encode())
         got = b""
-        while not got.endswith(one.bytes_of(0, 1)):
+        while not got.endswith(small.bytes_of(0, 1)):
             got += sock.recv(1 << 20)
-        assert one.bytes_of(1, 2) in got
+        assert small.bytes_of(1, 2) in got
 
 
 # -- bounds
@@ -303,17 +300,8 @@ def slow_upload(server: PeerServer, one: Held, of: Class = "demand") -> socket.s
     return sock
 
 
-@pytest.fixture
-def large(store: Store) -> Held:
-    """More than the buffers of two sockets hold."""
-    made = held(store, (16 << 20, 16 << 20), seed=7, name="large.bin")
-    made.fill()
-    made.complete()
-    return made
-
-
-def test_without_a_free_slot_it_says_so_and_how_long_the_queue_is(store: Store, large: Held) -> None:
-    with PeerServer(store, OPEN, slots=2) as server:
+def test_without_a_free_slot_it_says_so_and_how_long_the_queue_is(shelf: Store, large: Held) -> None:
+    with PeerServer(shelf, OPEN, slots=2) as server:
         with slow_upload(server, large), slow_upload(server, large), connection(server) as sock:
             send_get(sock, Ask("chunks", large.domain, large.id, 0, 1).path)
             status, headers, body = answer(sock)
@@ -345,8 +333,8 @@ def read_open(server: PeerServer, one: Held, *, demand: bool = True) -> bytes:
     return bytes(found)
 
 
-def test_prestage_gets_only_what_demand_leaves_and_never_stands_in_its_way(store: Store, large: Held) -> None:
-    with PeerServer(store, OPEN, slots=2) as server:
+def test_prestage_gets_only_what_demand_leaves_and_never_stands_in_its_way(shelf: Store, large: Held) -> None:
+    with PeerServer(shelf, OPEN, slots=2) as server:
         with slow_upload(server, large, "prestage"), slow_upload(server, large, "prestage"):
             with pytest.raises(PeerBusy):
                 read_open(server, large, demand=False)
@@ -361,33 +349,33 @@ def test_prestage_gets_only_what_demand_leaves_and_never_stands_in_its_way(store
 
 
 @pytest.mark.parametrize("paused", [False, True])
-def test_a_reader_that_goes_away_frees_its_slot_at_once(store: Store, large: Held, paused: bool) -> None:
+def test_a_reader_that_goes_away_frees_its_slot_at_once(shelf: Store, large: Held, paused: bool) -> None:
     bandwidth = Bandwidth()
     if paused:
         bandwidth.set_rate("peers", "demand", 0)
-    with PeerServer(store, OPEN, slots=1, bandwidth=bandwidth) as server:
+    with PeerServer(shelf, OPEN, slots=1, bandwidth=bandwidth) as server:
         slow_upload(server, large).close()
         until(lambda: server.stats().active["demand"] == 0)
         bandwidth.set_rate("peers", "demand", None)
         assert read_open(server, large) == large.content
 
 
-def test_a_reader_that_is_too_slow_is_dropped(store: Store, large: Held) -> None:
+def test_a_reader_that_is_too_slow_is_dropped(shelf: Store, large: Held) -> None:
     with (
-        PeerServer(store, OPEN, slots=1, limits=ServerLimits(send=0.2)) as server,
+        PeerServer(shelf, OPEN, slots=1, limits=ServerLimits(send=0.2)) as server,
         slow_upload(server, large),
     ):
         until(lambda: server.stats().active["demand"] == 0)
 
 
-def test_a_reader_that_drips_is_dropped_too(store: Store, large: Held) -> None:
+def test_a_reader_that_drips_is_dropped_too(shelf: Store, large: Held) -> None:
     limits = ServerLimits(send=0.3)
-    with PeerServer(store, OPEN, slots=1, limits=limits) as server, slow_upload(server, large) as sock:
+    with PeerServer(shelf, OPEN, slots=1, limits=limits) as server, slow_upload(server, large) as sock:
         until(lambda: bool(sock.recv(2048)) and not server.stats().active["demand"])
 
 
-def test_connections_that_say_nothing_or_too_little_are_closed(store: Store) -> None:
-    with PeerServer(store, OPEN, limits=ServerLimits(idle=0.2, head=0.2)) as server:
+def test_connections_that_say_nothing_or_too_little_are_closed(shelf: Store) -> None:
+    with PeerServer(shelf, OPEN, limits=ServerLimits(idle=0.2, head=0.2)) as server:
         with connection(server) as silent:
             assert silent.recv(1) == b""
         with connection(server) as slow, pytest.raises(OSError):
@@ -396,9 +384,9 @@ def test_connections_that_say_nothing_or_too_little_are_closed(store: Store) -> 
                 time.sleep(0.03)
 
 
-def test_more_connections_than_there_may_be_are_closed_and_the_others_go_on(store: Store) -> None:
+def test_more_connections_than_there_may_be_are_closed_and_the_others_go_on(shelf: Store) -> None:
     limits = ServerLimits(connections=3)
-    with PeerServer(store, OPEN, limits=limits) as server, ExitStack() as stack:
+    with PeerServer(shelf, OPEN, limits=limits) as server, ExitStack() as stack:
         three = [stack.enter_context(connection(server)) for _ in range(3)]
         for sock in three:
             send_get(sock, "/v1/ping")
@@ -409,9 +397,9 @@ def test_more_connections_than_there_may_be_are_closed_and_the_others_go_on(stor
         assert answer(three[0])[0] == 200
 
 
-def test_uploads_go_at_the_rate_of_their_class_and_a_change_reaches_them(store: Store, large: Held) -> None:
+def test_uploads_go_at_the_rate_of_their_class_and_a_change_reaches_them(shelf: Store, large: Held) -> None:
     bandwidth = Bandwidth({("peers", "prestage"): 0.0})
-    with PeerServer(store, OPEN, bandwidth=bandwidth) as server:
+    with PeerServer(shelf, OPEN, bandwidth=bandwidth) as server:
         done = threading.Event()
 
         def fetch() -> None:
@@ -431,9 +419,9 @@ def test_uploads_go_at_the_rate_of_their_class_and_a_change_reaches_them(store: 
 # -- life
 
 
-def test_stopping_lets_uploads_end_and_refuses_new_ones(store: Store, large: Held) -> None:
+def test_stopping_lets_uploads_end_and_refuses_new_ones(shelf: Store, large: Held) -> None:
     bandwidth = Bandwidth({("peers", "demand"): 0.0})
-    server = PeerServer(store, OPEN, bandwidth=bandwidth)
+    server = PeerServer(shelf, OPEN, bandwidth=bandwidth)
     server.start()
     address = server.address
     received: list[bytes] = []
@@ -453,18 +441,18 @@ def test_stopping_lets_uploads_end_and_refuses_new_ones(store: Store, large: Hel
         stopping.join(LATE)
         fetching.join(LATE)
     assert received == [large.content]
-    assert not open_files(store.root / "domains")
+    assert not open_files(shelf.root / "domains")
 
 
-def test_stopping_without_patience_cuts_uploads(store: Store, large: Held) -> None:
-    with PeerServer(store, OPEN) as server, slow_upload(server, large) as sock:
+def test_stopping_without_patience_cuts_uploads(shelf: Store, large: Held) -> None:
+    with PeerServer(shelf, OPEN) as server, slow_upload(server, large) as sock:
         server.stop()
         with pytest.raises((EOFError, ConnectionError)):
             answer(sock)
 
 
-def test_a_server_can_be_stopped_twice_and_before_it_was_started(store: Store) -> None:
-    server = PeerServer(store, OPEN)
+def test_a_server_can_be_stopped_twice_and_before_it_was_started(shelf: Store) -> None:
+    server = PeerServer(shelf, OPEN)
     server.stop()
     server.start()
     server.stop()
@@ -472,9 +460,9 @@ def test_a_server_can_be_stopped_twice_and_before_it_was_started(store: Store) -
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", ""])
-def test_it_does_not_listen_beyond_loopback_without_a_secret(store: Store, host: str) -> None:
+def test_it_does_not_listen_beyond_loopback_without_a_secret(shelf: Store, host: str) -> None:
     with pytest.raises(NotAuthenticated, match="refusing to listen"):
-        PeerServer(store, OPEN, listen=(host, 0)).start()
+        PeerServer(shelf, OPEN, listen=(host, 0)).start()
 
 
 @pytest.mark.parametrize(
@@ -486,10 +474,10 @@ def test_it_does_not_listen_beyond_loopback_without_a_secret(store: Store, host:
     ],
 )
 def test_an_address_that_cannot_be_listened_on_is_named(
-    store: Store, host: str, port: int, said: str
+    shelf: Store, host: str, port: int, said: str
 ) -> None:
     with pytest.raises(UsageError, match=said) as caught:
-        PeerServer(store, KEYS, listen=(host, port)).start()
+        PeerServer(shelf, KEYS, listen=(host, port)).start()
     assert host in str(caught.value)
 
 
@@ -523,8 +511,8 @@ def test_a_store_of_another_domain_is_served_too(store: Store) -> None:
     made.close()
 
 
-def test_an_error_of_the_peer_is_one_sentence(store: Store) -> None:
-    with PeerServer(store, OPEN) as server, pytest.raises(PeerError) as caught:
+def test_an_error_of_the_peer_is_one_sentence(shelf: Store) -> None:
+    with PeerServer(shelf, OPEN) as server, pytest.raises(PeerError) as caught:
         asking(lambda c: c.digests(peer(server), "nobody", 64 * "a", 0, 1), OPEN)
     assert str(caught.value).count(". ") == 0
     assert server_free(str(caught.value))

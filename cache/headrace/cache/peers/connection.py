@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from http import HTTPStatus
 
-from headrace.cache.bandwidth import Class
+from headrace.cache.bandwidth import PIECE, Class
 from headrace.cache.errors import (
     HeadraceError,
     NotAuthenticated,
@@ -36,6 +36,7 @@ from headrace.cache.peers.upload import gone, send_file
 from headrace.cache.store import Domain
 
 _OCTETS = "application/octet-stream"
+_UNLIMITED = 4 * PIECE
 
 
 class Connection:
@@ -170,17 +171,20 @@ class Connection:
                 start, stop = one.grid.span(ask.first, ask.last)
                 self._send_head(HTTPStatus.OK, stop - start, {})
 
-                def may_go(size: int) -> bool:
-                    """A failed sync or a repair may take chunks back at any time."""
+                def grant(left: int) -> int:
+                    # Unlimited, a change of the rate comes soon enough after more than a piece.
+                    unlimited = serving.bandwidth.rate("peers", of) is None
+                    size = min(left, _UNLIMITED if unlimited else PIECE)
                     given = serving.bandwidth.take("peers", of, size, self._unwanted)
-                    if given and one.ready(ask.first, ask.last):
-                        serving.counts.add(of, size)
-                        return True
-                    return False
+                    # A failed sync or a repair may take chunks back at any time.
+                    if not given or not one.ready(ask.first, ask.last):
+                        return 0
+                    serving.counts.add(of, size)
+                    return size
 
                 timeout = serving.limits.send
                 try:
-                    whole = send_file(self._sock, one.fileno(), start, stop, may_go, serving.blocks, timeout)
+                    whole = send_file(self._sock, one.fileno(), start, stop, grant, serving.blocks, timeout)
                 except OSError as error:
                     raise _Failed from error
                 if whole:

@@ -13,32 +13,65 @@ from headrace.cache.bandwidth import PIECE
 from headrace.cache.receiving import Blocks
 
 
+class Patience:
+    """How long a reader may still keep its piece waiting.
+
+    Only time in which this process ran counts: one that was stopped (a frozen container) blames nobody for that.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._left = seconds
+        self._look = seconds / 8
+
+    def wait(self, out: int) -> None:
+        """Until a socket has room again. The kernel's own timeouts begin anew with every few bytes.
+
+        Raises:
+            TimeoutError: no time is left; ConnectionResetError: the other side went away.
+        """
+        poll = select.poll()
+        poll.register(out, select.POLLOUT | select.POLLRDHUP)
+        while self._left > 0:
+            begun = time.monotonic()
+            ready = poll.poll(self._look * 1000)
+            self._left -= min(time.monotonic() - begun, self._look)
+            if ready and ready[0][1] & ~select.POLLOUT:
+                raise ConnectionResetError
+            if ready:
+                return
+        raise TimeoutError
+
+
 def send_file(
     sock: socket.socket,
     fd: int,
     start: int,
     stop: int,
-    may_go: Callable[[int], bool],
+    grant: Callable[[int], int],
     blocks: Blocks,
     timeout: float,
 ) -> bool:
-    """Send the bytes [start, stop) of a file; False when `may_go` stopped it.
+    """Send the bytes [start, stop) of a file; False when `grant` stopped it.
 
     Args:
         sock: with a timeout, so that its descriptor does not block.
-        may_go: asked before each piece with its size; may wait.
-        timeout: seconds that a reader may take for a piece.
+        grant: asked with how many bytes are left, and says how many of them may go now; may wait.
+        timeout: seconds that a reader may take for a mebibyte.
 
     Raises:
         OSError: the other side went away; TimeoutError: it reads too slowly.
     """
     send = _send_tls if isinstance(sock, ssl.SSLSocket) else _send
+    due, patience = start, Patience(timeout)
     while start < stop:
-        size = min(PIECE, stop - start)
-        if not may_go(size):
+        granted = grant(stop - start)
+        if not granted:
             return False
-        send(sock, fd, start, size, blocks, time.monotonic() + timeout)
-        start += size
+        end = start + granted
+        while start < end:
+            if start >= due:
+                due, patience = start + PIECE, Patience(timeout)
+            start += send(sock, fd, start, end - start, blocks, patience)
     return True
 
 
@@ -49,38 +82,23 @@ def gone(sock: socket.socket) -> bool:
     return bool(poll.poll(0))
 
 
-def _send(sock: socket.socket, fd: int, start: int, size: int, blocks: Blocks, deadline: float) -> None:
+def _send(sock: socket.socket, fd: int, start: int, size: int, blocks: Blocks, patience: Patience) -> int:
     out = sock.fileno()
-    while size:
+    while True:
         try:
             sent = os.sendfile(out, fd, start, size)
         except BlockingIOError:
-            _wait(out, deadline)
+            patience.wait(out)
             continue
         if not sent:
             raise OSError("the file became shorter")
-        start += sent
-        size -= sent
+        return sent
 
 
-def _wait(out: int, deadline: float) -> None:
-    """Until there is room again. A wait in the kernel's own `sendfile` would begin anew with every few bytes."""
-    poll = select.poll()
-    poll.register(out, select.POLLOUT | select.POLLRDHUP)
-    left = deadline - time.monotonic()
-    ready = poll.poll(left * 1000) if left > 0 else []
-    if not ready:
-        raise TimeoutError
-    if ready[0][1] & ~select.POLLOUT:
-        raise ConnectionResetError
-
-
-def _send_tls(sock: socket.socket, fd: int, start: int, size: int, blocks: Blocks, deadline: float) -> None:
+def _send_tls(sock: socket.socket, fd: int, start: int, size: int, blocks: Blocks, patience: Patience) -> int:
     block = blocks.mine()[:size]
-    have = 0
-    while have < size:
-        read = os.preadv(fd, [block[have:]], start + have)
-        if not read:
-            raise OSError("the file became shorter")
-        have += read
-    sock.sendall(block)
+    have = os.preadv(fd, [block], start)
+    if not have:
+        raise OSError("the file became shorter")
+    sock.sendall(block[:have])
+    return have
