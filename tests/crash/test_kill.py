@@ -19,7 +19,18 @@ from headrace.cache.evict import collect
 from headrace.cache.store import Store
 
 MODEL = many_small_files(small_model(tensors=6), 4)
-MODULES = ["chunkmap", "durable", "learned", "object", "prepare", "snapshot", "stager", "store"]
+MODULES = [
+    "chunkmap",
+    "durable",
+    "fetching",
+    "filling",
+    "learned",
+    "object",
+    "prepare",
+    "snapshot",
+    "stager",
+    "store",
+]
 
 
 @pytest.fixture(scope="module")
