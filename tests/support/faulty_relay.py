@@ -7,6 +7,7 @@ through this program on their way to other nodes. It does to chunks what its mod
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import subprocess
 import sys
@@ -117,7 +118,8 @@ def _relay(client: socket.socket, behind: tuple[str, int], mode: str) -> None:
 def start(node: Node, mode: str, listen: str, behind: str) -> subprocess.Popen[bytes]:
     """Run it on a node; returns when it listens."""
     words = [sys.executable, "-m", "support.faulty_relay", mode, listen, behind]
-    process = subprocess.Popen(node.command(*words), stdout=subprocess.PIPE)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    process = subprocess.Popen(node.command(*words), stdout=subprocess.PIPE, env=env)
     assert process.stdout is not None
     assert process.stdout.readline(), "the relay did not start"
     return process
