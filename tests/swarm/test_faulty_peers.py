@@ -58,6 +58,24 @@ def test_a_faulty_peer_beside_a_good_one_costs_the_origin_nothing(make: Make, mo
         assert node.files() == MODEL
 
 
+@pytest.mark.parametrize("vouched", [False, True], ids=["learned", "published"])
+def test_a_transfer_that_stalls_gets_company(make: Make, vouched: bool) -> None:
+    """Nothing else would end it."""
+    files = published(MODEL) if vouched else MODEL
+    patient = PeerTimeouts(connect=600.0, first_byte=600.0, stall=600.0)
+    with FaultyServer(below("model", files)) as server:
+        good, faulty = make(), make()
+        node = make(limits=Limits(hedge=0.2, hedge_share=1.0), timeouts=patient)
+        reference = f"{server.url}/model"
+        stage_together([good, faulty], reference)
+        with relay("stall", faulty.address) as address:
+            faulty.known_as(address)
+            faulty.announce()
+            report = node.stage(reference)
+        assert report.sources == {"origin": 0, "peer": SIZE, "local": 0}
+        assert node.files() == MODEL
+
+
 def test_a_node_that_died_is_done_without(make: Make) -> None:
     with FaultyServer(below("model", MODEL)) as server:
         dead, node = make(), make(**QUICK)

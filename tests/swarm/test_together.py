@@ -125,3 +125,12 @@ def test_what_a_reader_waits_for_comes_first(make: Make) -> None:
         last.close()
         source.close()
         assert node.files() == MODEL
+
+
+def test_files_without_bytes_need_nobody(make: Make) -> None:
+    nodes = [make() for _ in range(2)]
+    files = {"config.json": b"", "empty.txt": b""}
+    with FaultyServer(below("model", published(files))) as server:
+        for report in stage_together(nodes, f"{server.url}/model"):
+            assert report.sources == {"origin": 0, "peer": 0, "local": 0}
+        assert [node.files() for node in nodes] == [files, files]
