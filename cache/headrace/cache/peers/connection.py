@@ -151,7 +151,8 @@ class Connection:
         self._sock.sendall(body)
 
     def _digests(self, domain: Domain, ask: Ask) -> tuple[bytes, str]:
-        with self._serving.objects.use(domain.object(ask.id)) as one:
+        serving = self._serving
+        with serving.objects.use(serving.shelf.folder(domain, ask.id)) as one:
             if not one.ready(ask.first, ask.last):
                 raise PeerMissing("this node does not have all of these chunks.")
             return b"".join(one.digests(ask.first, ask.last)), one.algorithm
@@ -159,7 +160,7 @@ class Connection:
     def _upload(self, ask: Ask, of: Class, closes: bool) -> bool:
         serving = self._serving
         domain = serving.shelf.domain(ask.domain)
-        with serving.objects.use(domain.object(ask.id)) as one:
+        with serving.objects.use(serving.shelf.folder(domain, ask.id)) as one:
             if not one.ready(ask.first, ask.last):
                 raise PeerMissing("this node does not have all of these chunks.")
             if not serving.slots.take(of):

@@ -29,8 +29,11 @@ _MOST = 256
 class OpenObject:
     """One object's descriptors. `grid` and `algorithm` are its own."""
 
-    def __init__(self, path: ObjectFolder) -> None:
+    def __init__(self, path: str) -> None:
         """
+        Args:
+            path: of its folder.
+
         Raises:
             PeerMissing: there is no such object, or it is damaged.
         """
@@ -41,7 +44,7 @@ class OpenObject:
         self.used = 0.0
         self.kept = False
         try:
-            self._folder_fd = os.open(path.path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            self._folder_fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         except FileNotFoundError:
             raise PeerMissing("this node does not have the object.") from None
         # The very folder, even when its path means another one by now.
@@ -120,7 +123,7 @@ class OpenObject:
     def same(self) -> bool:
         """Whether the path still means what is open here."""
         try:
-            if not os.path.samestat(os.stat(self._path.path), os.fstat(self._folder_fd)):
+            if not os.path.samestat(os.stat(self._path), os.fstat(self._folder_fd)):
                 return False
         except FileNotFoundError:
             return False
@@ -149,17 +152,16 @@ class OpenObjects:
         self._sweeping = False
 
     @contextmanager
-    def use(self, folder: ObjectFolder) -> Iterator[OpenObject]:
-        """An object as it is now; it stays open for the time of the block.
+    def use(self, path: str) -> Iterator[OpenObject]:
+        """The object in a folder, as it is now; it stays open for the time of the block.
 
         Raises:
             PeerMissing: not here.
         """
-        key = str(folder.path)
-        found = self._found(key)
+        found = self._found(path)
         if found is None:
-            found = OpenObject(folder)
-            self._keep_open(key, found)
+            found = OpenObject(path)
+            self._keep_open(path, found)
         try:
             yield found
         finally:
@@ -176,29 +178,29 @@ class OpenObjects:
             while self._open:
                 self._open.popitem()[1].close()
 
-    def _found(self, key: str) -> OpenObject | None:
+    def _found(self, path: str) -> OpenObject | None:
         with self._lock:
-            found = self._open.get(key)
+            found = self._open.get(path)
             if found is None:
                 return None
             found.users += 1
         if found.same():
             return found
         with self._lock:
-            if self._open.get(key) is found:
-                del self._open[key]
+            if self._open.get(path) is found:
+                del self._open[path]
             found.kept = False
         self._leave(found)
         return None
 
-    def _keep_open(self, key: str, one: OpenObject) -> None:
+    def _keep_open(self, path: str, one: OpenObject) -> None:
         with self._lock:
             one.users = 1
             # Another thread may have opened the same; then this one lasts for one use.
-            one.kept = key not in self._open and len(self._open) < _MOST
+            one.kept = path not in self._open and len(self._open) < _MOST
             if not one.kept:
                 return
-            self._open[key] = one
+            self._open[path] = one
             if self._sweeping:
                 return
             self._sweeping = True
@@ -217,9 +219,9 @@ class OpenObjects:
             time.sleep(self._keep / 2)
             with self._lock:
                 now = time.monotonic()
-                for key, one in list(self._open.items()):
+                for path, one in list(self._open.items()):
                     if not one.users and now - one.used >= self._keep:
-                        del self._open[key]
+                        del self._open[path]
                         one.close()
                 if not self._open:
                     self._sweeping = False

@@ -21,6 +21,7 @@ class Shelf:
         self._store = store
         self._lock = threading.Lock()
         self._domains: dict[str, Domain] = {}
+        self._bases: dict[str, str] = {}
         self._manifests: dict[tuple[str, str], tuple[object, Manifest, Numbering]] = {}
         # Parsing a large manifest keeps the interpreter busy; uploads go on beside it.
         self._reading = threading.BoundedSemaphore(_AT_ONCE)
@@ -38,6 +39,13 @@ class Shelf:
                 raise PeerMissing("this node has no such trust domain.")
             self._domains[name] = found
         return found
+
+    def folder(self, domain: Domain, object_id: str) -> str:
+        """The path of an object's folder, as text: making all of `ObjectFolder` costs a third of a small request."""
+        base = self._bases.get(domain.name)
+        if base is None:
+            base = self._bases[domain.name] = os.path.dirname(domain.object(object_id).path)
+        return f"{base}/{object_id}"
 
     def manifest(self, domain: Domain, snapshot_id: str) -> bytes:
         """The stored form.
