@@ -31,7 +31,8 @@
     │   ├── TrackerUnavailable      51   Redis or Valkey cannot be reached, or is not one that can be used
     │   ├── PeerError               52   another node cannot give what it was asked for
     │   │   ├── PeerBusy            53   it has no upload slot free
-    │   │   └── PeerMissing         54   it does not have the chunk
+    │   │   ├── PeerMissing         54   it does not have the chunk
+    │   │   └── OtherVersion        56   another node speaks another version of the peer protocol
     │   └── NotAuthenticated        55   a secret, token or certificate that is missing, wrong or expired
     ├── AgentError                  60   the node's agent
     │   ├── AgentUnavailable        61   nobody answers on its socket, or it went away midway
@@ -202,6 +203,12 @@ class PeerMissing(PeerError):
 
 class NotAuthenticated(ClusterError):
     exit_code = 55
+
+
+class OtherVersion(PeerError):
+    """Of the peer protocol."""
+
+    exit_code = 56
 
 
 class AgentError(HeadraceError):

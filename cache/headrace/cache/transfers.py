@@ -16,6 +16,7 @@ from headrace.cache.errors import (
     ClusterError,
     HeadraceError,
     NotAuthenticated,
+    OtherVersion,
     PeerBusy,
     PeerMissing,
 )
@@ -358,8 +359,9 @@ class Transfers:
         self._ended(fetch, Outcome.DONE, 0)
 
     def _note_refusal(self, error: ClusterError) -> None:
-        if isinstance(error, NotAuthenticated):
-            self._content.progress.note(f"another node does not accept this one: {error}")
+        """What will not pass by itself is said."""
+        if isinstance(error, NotAuthenticated | OtherVersion):
+            self._content.progress.note(f"another node and this one do not work together: {error}")
 
     # -- this disk
 

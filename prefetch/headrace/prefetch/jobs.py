@@ -277,6 +277,8 @@ class JobTable:
         self._active.pop(job.key, None)
         self._past.append(job)
         self.counts[state] += 1
+        for note in job.progress.notes:
+            log.warning("staging %s: %s", job.request.reference, note)
         if state == "failed":
             log.warning("staging %s failed: %s", job.request.reference, error)
         else:

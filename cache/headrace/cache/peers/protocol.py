@@ -11,7 +11,7 @@ from typing import Literal
 from urllib.parse import quote, unquote
 
 from headrace.cache.bandwidth import Class
-from headrace.cache.errors import PeerError, PeerMissing
+from headrace.cache.errors import OtherVersion, PeerError, PeerMissing
 
 MAJOR, MINOR = 1, 0
 VERSION = f"{MAJOR}.{MINOR}"
@@ -70,13 +70,13 @@ class Ask:
         """
         Raises:
             PeerMissing: nothing of this protocol.
-            PeerError: of another major version.
+            OtherVersion: of another major version.
         """
         version, _, rest = path.removeprefix("/v").partition("/")
         if not path.startswith("/v") or not version.isdecimal():
             raise PeerMissing("there is nothing at this path.")
         if int(version) != MAJOR:
-            raise PeerError(other_version(version))
+            raise OtherVersion(other_version(version))
         for pattern in _PATHS:
             if found := pattern.fullmatch(rest):
                 parts = found.groupdict()
@@ -103,12 +103,13 @@ def other_version(version: str) -> str:
 def check_version(text: str | None) -> None:
     """
     Raises:
-        PeerError: not a headrace of this major version.
+        PeerError: no headrace.
+        OtherVersion: one of another major version.
     """
     if text is None:
         raise PeerError("what answers is not a headrace agent: check the address.")
     if text.partition(".")[0] != str(MAJOR):
-        raise PeerError(other_version(text))
+        raise OtherVersion(other_version(text))
 
 
 def class_of(text: str | None) -> Class:
