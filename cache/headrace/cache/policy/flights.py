@@ -55,6 +55,7 @@ class Flights:
         peers: how many from peers are under way.
         origin: chunks on their way from the origin.
         hedges: how many of those under way are second tries.
+        late_at: nothing takes too long before.
     """
 
     __slots__ = (
@@ -67,6 +68,7 @@ class Flights:
         "_taken",
         "_usual",
         "hedges",
+        "late_at",
         "origin",
         "peers",
     )
@@ -82,6 +84,7 @@ class Flights:
         self._hedged = 0
         self.peers = 0
         self.hedges = 0
+        self.late_at = inf
         self.origin: dict[int, None] = {}
 
     def __len__(self) -> int:
@@ -113,6 +116,8 @@ class Flights:
             source.flying += 1
             if beside is None:
                 self._queue.append(flight)
+                if flight.late < self.late_at:
+                    self.late_at = flight.late
             else:
                 flight.twin, beside.twin = beside, flight
                 self.hedges += 1
@@ -145,30 +150,26 @@ class Flights:
             self._usual = median(self._samples) if len(self._samples) >= _FIRST else None
 
     def late(self, now: float) -> Iterator[Flight]:
-        """Transfers from peers that take too long, while a second try is allowed; each is to be hedged or put off."""
+        """Transfers from peers that take too long, while second tries are allowed; each is to be hedged or put off."""
         limits, queue = self._limits, self._queue
-        while queue and self.hedges < max(1, limits.downloads // 4):
+        while queue:
             flight = queue[0]
             if flight.over or flight.twin is not None:
                 queue.popleft()
                 continue
-            if flight.late > now or self._hedged > 1 + limits.hedge_share * self._begun:
+            if flight.late > now:
+                self.late_at = flight.late
+                return
+            if self.hedges >= max(1, limits.downloads // 4) or (
+                self._hedged > 1 + limits.hedge_share * self._begun
+            ):
+                self.late_at = now + limits.hedge / 4
                 return
             queue.popleft()
             yield flight
+        self.late_at = inf
 
     def put_off(self, flight: Flight, until: float) -> None:
         """There is nobody for a second try now."""
         flight.late = until
         self._queue.append(flight)
-
-    def next_late(self) -> float:
-        """When the first transfer takes too long; infinite where none can."""
-        queue = self._queue
-        while queue and (queue[0].over or queue[0].twin is not None):
-            queue.popleft()
-        if not queue or self.hedges >= max(1, self._limits.downloads // 4):
-            return inf
-        if self._hedged > 1 + self._limits.hedge_share * self._begun:
-            return inf
-        return queue[0].late

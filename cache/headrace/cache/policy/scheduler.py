@@ -248,7 +248,7 @@ class Scheduler:
             fetches.append(flights.begin(chunk, self._sizes[chunk], source, holders, now).fetch)
         for chunk, holders in full:
             board.know(chunk, self._rank(chunk), holders)
-        if limits.demand and flights.next_late() <= now:
+        if flights.late_at <= now and limits.demand:
             fetches.extend(self._hedges(now))
         return fetches
 
@@ -295,19 +295,20 @@ class Scheduler:
 
     def wake(self, now: float) -> float:
         """When to call `ask` and `start` again if nothing happens before; infinite: not before something does."""
-        at = inf
+        at = self._flights.late_at if self._limits.demand else inf
         if self._asking is None:
-            at = min(self._news.due, self._keep_at, self._board.next_rested())
-            if self._board.pooled and (
-                self._board.stocked <= self._pace.ahead() >> 2 or (self._unclaimed and self._free_claims(inf))
-            ):
-                at = min(at, max(self._pace.ask_at, now))
-                if self._unclaimed and self._origin_until > now:
-                    at = min(at, self._origin_until)
-            at = max(at, self._silent_until)
-        if self._limits.demand:
-            at = min(at, self._flights.next_late())
-        return max(at, now)
+            board = self._board
+            speak = min(self._news.due, self._keep_at)
+            hungry = board.stocked <= self._pace.ahead() >> 2
+            if hungry or (self._unclaimed and self._free_claims(inf)):
+                look = self._pace.ask_at
+                if not board.pooled:
+                    look = max(look, board.next_rested())
+                elif not hungry:
+                    look = max(look, self._origin_until)
+                speak = min(speak, look)
+            at = min(at, max(speak, self._silent_until))
+        return at if at > now else now
 
     # Within.
 

@@ -6,6 +6,7 @@ ahead of its start is what makes tensors complete in order.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from itertools import accumulate
 
@@ -29,20 +30,22 @@ class Window:
             least: chunks that it spans in any case.
         """
         self._order = order
-        self._offsets = [0, *accumulate(sizes[chunk] for chunk in order)]
+        self._offsets = array("q", [0, *accumulate(sizes[chunk] for chunk in order)])
         self._bytes = self._offsets[-1] * fraction
         self._least = least
-        self._place = {chunk: place for place, chunk in enumerate(order)}
+        self._place = array("q", [-1]) * len(sizes)
+        for place, chunk in enumerate(order):
+            self._place[chunk] = place
         self._passed = bytearray(len(sizes))
         self.first = self.end = 0
 
     def place(self, chunk: int) -> int:
         """Where in the order a chunk comes; -1 where the plan does not have it."""
-        return self._place.get(chunk, -1)
+        return self._place[chunk]
 
     def open(self, chunk: int) -> bool:
         """Whether a chunk lies in the window, or before it."""
-        return 0 <= self._place.get(chunk, -1) < self.end
+        return 0 <= self._place[chunk] < self.end
 
     def passed(self, chunk: int) -> None:
         """A chunk is not awaited any more: it is here, or another node's reading of it takes too long."""
@@ -51,7 +54,7 @@ class Window:
     def back(self, chunk: int) -> None:
         """A chunk is awaited again. The window begins there; it does not become shorter at its end."""
         self._passed[chunk] = 0
-        place = self._place.get(chunk, -1)
+        place = self._place[chunk]
         if 0 <= place < self.first:
             self.first = place
 
