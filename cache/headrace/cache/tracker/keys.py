@@ -13,9 +13,9 @@ def swarm_name(swarm: Swarm) -> str:
     return f"{swarm.id}.{swarm.chunks}"
 
 
-def swarm_of(name: str) -> Swarm:
+def swarm_of(name: bytes) -> Swarm:
     """The swarm of a name. Raises ValueError."""
-    snapshot, _, chunks = name.rpartition(".")
+    snapshot, _, chunks = name.decode().rpartition(".")
     return Swarm(snapshot, int(chunks))
 
 

@@ -6,10 +6,11 @@ This is the one module that imports the client library.
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import Sequence
 from typing import Any
 
-from headrace.cache.errors import MissingDependency, TrackerUnavailable
+from headrace.cache.errors import MissingDependency, TrackerUnavailable, UsageError
 from headrace.cache.tracker.scripts import Script
 from headrace.cache.tracker.settings import PASSWORD_VARIABLE, TrackerSettings
 
@@ -17,7 +18,7 @@ try:
     from redis import exceptions as errors
     from redis.asyncio import Redis
     from redis.asyncio.retry import Retry
-    from redis.asyncio.sentinel import Sentinel
+    from redis.asyncio.sentinel import MasterNotFoundError, Sentinel
     from redis.backoff import NoBackoff
 except ImportError:
     raise MissingDependency("a tracker in Redis needs `pip install 'headrace[cluster]'`.") from None
@@ -32,7 +33,7 @@ class Link:
     """One node's connections to what `settings` name."""
 
     def __init__(self, settings: TrackerSettings) -> None:
-        """Raises UsageError when a password's file cannot be read."""
+        """Raises UsageError when a file that the settings name cannot be used."""
         self._settings = settings
         self._client = _client(settings)
         self._checked = False
@@ -134,6 +135,10 @@ class Link:
             return self._unusable("is a replica that cannot be written")
         if isinstance(error, errors.BusyLoadingError):
             return self._unusable("is still loading its data")
+        if isinstance(error, MasterNotFoundError):
+            return self._unusable(
+                "is not there: Sentinel knows no running server of that name, or does not answer"
+            )
         if isinstance(error, errors.ConnectionError | OSError):
             return self._unusable("cannot be reached, or cut the connection")
         return self._unusable(
@@ -143,6 +148,7 @@ class Link:
 
 
 def _client(settings: TrackerSettings) -> Redis:
+    _check_files(settings)
     common: dict[str, Any] = {
         "socket_timeout": settings.timeout,
         "socket_connect_timeout": settings.timeout,
@@ -172,3 +178,16 @@ def _client(settings: TrackerSettings) -> Redis:
         settings.service
     )
     return found
+
+
+def _check_files(settings: TrackerSettings) -> None:
+    """Raises UsageError when a certificate cannot be used; at the first connection it would look like the server's."""
+    try:
+        named = settings.ca
+        context = ssl.create_default_context(cafile=named)
+        named = settings.certificate
+        if named is not None:
+            context.load_cert_chain(named, settings.key)
+    except (OSError, ValueError) as error:
+        reason = error.strerror or str(error) if isinstance(error, OSError) else str(error)
+        raise UsageError(f"the tracker's certificate file {named!r} cannot be used: {reason}.") from None

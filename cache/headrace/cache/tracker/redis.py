@@ -131,33 +131,33 @@ class RedisTracker:
         token: str = answer[0].decode()
         budget = CLEARING
         for gone in answer[1:]:
-            budget -= await self._clear(gone.decode(), budget, may_live=False)
+            budget -= await self._clear(gone, budget, may_live=False)
         new, self._known_as = token != self._known_as, token
         return new
 
     async def unregister(self) -> None:
         try:
             await self._link.command("DEL", self._keys.node(self._me.id))
-            await self._clear(self._me.id, 1 << 20, may_live=True)
+            await self._clear(self._me.id.encode(), 1 << 20, may_live=True)
         except TrackerUnavailable as error:
             _log.info("not unregistered, which others will notice: %s", error)
         self._known_as = ""
 
     async def members(self) -> list[Peer]:
         names = await self._link.command("ZRANGE", self._keys.deadlines, 0, -1)
-        found = (
-            await self._link.command("MGET", *(self._keys.node(n.decode()) for n in names)) if names else []
-        )
+        keys = [self._keys.node(name.decode(errors="replace")) for name in names]
+        found = await self._link.command("MGET", *keys) if keys else []
         return sorted(
             (self._ours(unpack_peer, record.partition(b"\n")[2]) for record in found if record is not None),
             key=lambda peer: peer.id,
         )
 
-    async def _clear(self, node: str, budget: int, *, may_live: bool) -> int:
+    async def _clear(self, name: bytes, budget: int, *, may_live: bool) -> int:
         """Clear up after a node, in at most `budget` script calls. Returns how many it took."""
         spent = 0
-        for name in await self._link.command("SMEMBERS", self._keys.swarms(node)):
-            swarm = self._ours(swarm_of, name.decode())
+        node = name.decode(errors="replace")
+        for named in await self._link.command("SMEMBERS", self._keys.swarms(node)):
+            swarm = self._ours(swarm_of, named)
             state = b"more"
             while state == b"more":
                 if spent >= budget:
@@ -167,7 +167,7 @@ class RedisTracker:
             if state == b"alive":
                 return spent
         await self._link.commands(
-            ("ZREM", self._keys.deadlines, node), ("DEL", self._keys.swarms(node), self._keys.clears(node))
+            ("ZREM", self._keys.deadlines, name), ("DEL", self._keys.swarms(node), self._keys.clears(node))
         )
         return spent + 1
 
