@@ -23,8 +23,9 @@ QUICK = {
 }
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("vouched", [False, True], ids=["learned", "published"])
+@pytest.mark.parametrize(
+    ("mode", "vouched"), [*((mode, True) for mode in MODES), ("corrupt", False), ("short", False)]
+)
 def test_a_faulty_peer_that_alone_has_everything(make: Make, mode: str, vouched: bool) -> None:
     files = published(MODEL) if vouched else MODEL
     with FaultyServer(below("model", files)) as server:
@@ -58,12 +59,10 @@ def test_a_faulty_peer_beside_a_good_one_costs_the_origin_nothing(make: Make, mo
         assert node.files() == MODEL
 
 
-@pytest.mark.parametrize("vouched", [False, True], ids=["learned", "published"])
-def test_a_transfer_that_stalls_gets_company(make: Make, vouched: bool) -> None:
+def test_a_transfer_that_stalls_gets_company(make: Make) -> None:
     """Nothing else would end it."""
-    files = published(MODEL) if vouched else MODEL
     patient = PeerTimeouts(connect=600.0, first_byte=600.0, stall=600.0)
-    with FaultyServer(below("model", files)) as server:
+    with FaultyServer(below("model", MODEL)) as server:
         good, faulty = make(), make()
         node = make(limits=Limits(hedge=0.2, hedge_share=1.0), timeouts=patient)
         reference = f"{server.url}/model"

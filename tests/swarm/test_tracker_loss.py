@@ -32,13 +32,9 @@ def test_nodes_that_share_a_redis_read_each_byte_once(make_with_redis: Make, vou
             assert report.notes == ()
 
 
-@pytest.mark.parametrize("vouched", [False, True], ids=["learned", "published"])
-def test_a_redis_that_goes_midway_costs_little(
-    make_with_redis: Make, redis: RedisServer, vouched: bool
-) -> None:
-    files = published(MODEL) if vouched else MODEL
+def test_a_redis_that_goes_midway_costs_little(make_with_redis: Make, redis: RedisServer) -> None:
     nodes = [make_with_redis() for _ in range(3)]
-    with FaultyServer(below("model", files), rate=2e6) as server:
+    with FaultyServer(below("model", MODEL), rate=2e6) as server:
         jobs = [node.job(f"{server.url}/model").start() for node in nodes]
         while any(job.progress.chunks < 5 for job in jobs):
             time.sleep(0.01)
@@ -54,13 +50,11 @@ def test_a_redis_that_goes_midway_costs_little(
         assert sent(server) < 1.5 * SIZE
 
 
-@pytest.mark.parametrize("vouched", [False, True], ids=["learned", "published"])
-def test_nodes_that_only_know_each_other_share_the_reading(make_alone: Make, vouched: bool) -> None:
-    files = published(MODEL) if vouched else MODEL
+def test_nodes_that_only_know_each_other_share_the_reading(make_alone: Make) -> None:
     nodes = [make_alone() for _ in range(3)]
     for node in nodes:
         node.others = tuple(other.me for other in nodes)
-    with FaultyServer(below("model", files), rate=2e7) as server:
+    with FaultyServer(below("model", MODEL), rate=2e7) as server:
         reports = stage_together(nodes, f"{server.url}/model")
         for node, report in zip(nodes, reports, strict=True):
             assert node.files() == MODEL
