@@ -66,6 +66,7 @@ def test_a_cancelled_run_gives_its_claims_back(make: Make, swarms: SharedSwarms)
         assert sent(server) - had == SIZE - job.progress.fetched["origin"]
 
 
+@pytest.mark.service
 def test_a_node_that_is_killed_midway_is_done_without(make_with_redis: Make) -> None:
     """Its claims end with their lease; its peer server, in this process, keeps giving what it has."""
     with FaultyServer(below("model", MODEL), rate=2e6) as server:

@@ -11,6 +11,8 @@ from support.redis_server import RedisServer
 from support.swarm import stage_together
 from swarm.conftest import Make
 
+pytestmark = pytest.mark.service
+
 MODEL = small_model()
 SIZE = sum(map(len, MODEL.values()))
 
