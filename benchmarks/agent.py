@@ -19,7 +19,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import measure
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+from benchmarks.measure import machine, tree_cpu
 from support.redis_server import RedisServer
 
 from headrace.prefetch.client import AgentClient
@@ -68,9 +71,9 @@ class Running:
 
     def idle(self, seconds: float) -> float:
         """Cores in use while nothing is asked."""
-        before = measure.tree_cpu(self.process.pid)
+        before = tree_cpu(self.process.pid)
         time.sleep(seconds)
-        return (measure.tree_cpu(self.process.pid) - before) / seconds
+        return (tree_cpu(self.process.pid) - before) / seconds
 
     def stage(self, model: Path) -> None:
         for said in self.client.stream("POST", "/v1/stage", {"request": {"reference": str(model)}}):
@@ -129,7 +132,7 @@ def main() -> None:
             folder = Path(top) / name
             folder.mkdir()
             results[name] = run(folder, starts, idle, more)
-    print(measure.machine())
+    print(machine())
     print(f"{'':8}  {'start s':>8} {'PSS MB':>8} {'after':>8} {'idle cores':>11} {'after':>8}")
     for name, found in results.items():
         print(

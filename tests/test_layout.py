@@ -89,7 +89,7 @@ def test_modules_have_a_purpose_in_their_name_and_stay_readable() -> None:
             assert len(path.read_text().splitlines()) < MOST_LINES, path
 
 
-@pytest.mark.parametrize("portion", ["cache", "loader", "cli"])
+@pytest.mark.parametrize("portion", ["cache", "prefetch", "loader", "cli"])
 def test_the_readme_of_a_portion_names_its_modules(portion: str) -> None:
     text = (CHECKOUT / portion / "README.md").read_text()
     top = (CHECKOUT / portion / "headrace" / portion).glob("[!_]*.py")

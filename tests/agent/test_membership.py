@@ -71,6 +71,9 @@ def test_a_second_node_reads_from_the_first_and_nothing_from_the_origin(
         # Who ends takes leave at once; who is killed is missed after a while.
         assert first.stop() == 0
         wait_until(lambda: cluster(second)["members"] == [])
+        # Also right after its start, while it is still making itself known.
+        for _ in range(2):
+            assert first.start().stop() == 0
         first.start()
         wait_until(lambda: len(cluster(second)["members"]) == 1)
         first.kill()

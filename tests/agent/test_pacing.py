@@ -22,7 +22,9 @@ BANDWIDTHS = st.builds(Bandwidth, RATES, RATES, RATES, LIMITS)
 
 @given(BANDWIDTHS, st.integers(0, 5), st.integers(0, 5))
 def test_no_class_and_no_node_gets_more_than_is_said(bandwidth: Bandwidth, demanded: int, ahead: int) -> None:
-    running: list[Class] = [*(["demand"] * demanded), *(["prestage"] * ahead)]
+    running: list[Class] = []
+    running += ["demand"] * demanded
+    running += ["prestage"] * ahead
     shares = paces(bandwidth, running)
     for kind in KINDS:
         total, held_back = getattr(bandwidth.total, kind), bandwidth.held_back
