@@ -23,6 +23,8 @@ from headrace.cache.publish import publish
 CHUNK = 256 << 10
 LINK = Rate(up=200, down=200)
 """Mbit/s of a node: the model takes a second and a half."""
+QUICK = {"tracker": {"lease": 3.0}, "peers": {"heartbeat": 1.0}}
+"""A death is noticed within three seconds."""
 CLAIMS = Limits().claims * CHUNK
 """Bytes that one node may be reading from the origin when it dies, or when the tracker is lost."""
 
@@ -53,7 +55,7 @@ class Bed:
         # Sockets have short paths only.
         with (
             tempfile.TemporaryDirectory(prefix="headrace-") as folder,
-            Cluster(self.network, self.origin, Path(folder), rate=LINK, **how) as cluster,
+            Cluster(self.network, self.origin, Path(folder), rate=LINK, settings=QUICK, **how) as cluster,
         ):
             self.origin.reads()
             try:
