@@ -35,7 +35,7 @@ class Link:
     def __init__(self, settings: TrackerSettings) -> None:
         """Raises UsageError when a file that the settings name cannot be used."""
         self._settings = settings
-        self._client = _client(settings)
+        self._client, self._others = _clients(settings)
         self._checked = False
 
     async def run(self, script: Script, keys: Sequence[str], args: Sequence[Any]) -> Any:
@@ -69,7 +69,8 @@ class Link:
             raise self._translate(error) from None
 
     async def close(self) -> None:
-        await self._client.aclose()
+        for client in (self._client, *self._others):
+            await client.aclose()
 
     async def _do(self, *parts: Any) -> Any:
         """Raises NoScriptError and TrackerUnavailable."""
@@ -147,7 +148,8 @@ class Link:
         )
 
 
-def _client(settings: TrackerSettings) -> Redis:
+def _clients(settings: TrackerSettings) -> tuple[Redis, list[Redis]]:
+    """A client of the server, and those of the Sentinels that know where it is."""
     _check_files(settings)
     common: dict[str, Any] = {
         "socket_timeout": settings.timeout,
@@ -172,12 +174,10 @@ def _client(settings: TrackerSettings) -> Redis:
     }
     if not settings.sentinel:
         host, port = settings.servers()[0]
-        return Redis(host=host, port=port, **server)
+        return Redis(host=host, port=port, **server), []
     sentinel = {**common, "username": settings.sentinel_user, "password": settings.sentinel_password()}
-    found: Redis = Sentinel(settings.servers(), sentinel_kwargs=sentinel, **server).master_for(
-        settings.service
-    )
-    return found
+    watched = Sentinel(settings.servers(), sentinel_kwargs=sentinel, **server)
+    return watched.master_for(settings.service), watched.sentinels
 
 
 def _check_files(settings: TrackerSettings) -> None:
