@@ -201,6 +201,7 @@ def test_a_rank_that_is_killed_is_named_by_all_others(
 def test_a_rank_that_hangs_is_named_by_all_others(
     victim: int, read_path: str, team: Team, model: Path, store: Path
 ) -> None:
+    make_cold(model)
     ended = team.load(
         store, model, 3, read_path=read_path, ranks={"timeout": 2.0},
         special={victim: {"at_block": 4, "signal": "SIGSTOP"}},
@@ -214,6 +215,7 @@ def test_a_rank_that_hangs_is_named_by_all_others(
 def test_a_rank_that_waits_for_its_disk_forever_is_named(
     read_path: str, team: Team, model: Path, store: Path
 ) -> None:
+    make_cold(model)
     ended = team.load(
         store,
         model,
@@ -231,6 +233,7 @@ def test_a_rank_that_waits_for_its_disk_forever_is_named(
 def test_a_rank_that_fails_says_why_to_all_others(
     read_path: str, team: Team, model: Path, store: Path
 ) -> None:
+    make_cold(model)
     ended = team.load(store, model, 3, read_path=read_path, special={1: {"lose_at": 3}})
     assert "became shorter" in ended[1].message
     for other in (ended[0], ended[2]):

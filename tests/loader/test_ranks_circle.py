@@ -7,12 +7,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from headrace.cache.errors import LoadError, UsageError
 from headrace.loader.plan import BLOCK, Block
+from headrace.loader.ranks import circle
 from headrace.loader.ranks.circle import Circle
 from headrace.loader.ranks.session import HandOver, Intent, decide
 from headrace.loader.ranks.sharing import own_first
@@ -131,12 +133,28 @@ def test_a_rank_that_lives_and_does_nothing_is_named() -> None:
 
 
 def test_a_rank_that_works_or_waits_may_take_its_time() -> None:
-    with circles(3, timeout=0.3) as ranks:
+    with circles(3, timeout=2.0) as ranks:
         ranks[1].progress = time.monotonic_ns
         ranks[2].progress = lambda: None
 
         def late() -> list[Any]:
-            time.sleep(1.0)
+            time.sleep(3.0)
+            return ranks[1].gather(1)
+
+        assert together(lambda: ranks[0].gather(0), late, lambda: ranks[2].gather(2)) == [[0, 1, 2]] * 3
+
+
+def test_nobody_is_blamed_for_the_time_in_which_the_machine_was_paused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    paused = 0.0
+    monkeypatch.setattr(circle, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + paused))
+    with circles(3, timeout=5.0) as ranks:
+
+        def late() -> list[Any]:
+            nonlocal paused
+            paused = 1000.0
+            time.sleep(2.0)  # all have looked at the clock
             return ranks[1].gather(1)
 
         assert together(lambda: ranks[0].gather(0), late, lambda: ranks[2].gather(2)) == [[0, 1, 2]] * 3

@@ -2,7 +2,8 @@
 
 A star of Unix sockets around the first rank, the hub. The kernel closes the socket of a process that ends,
 however it ends, so a rank that was killed is missed at once. One that is stopped, or hangs in a read, is
-missed when nothing was heard from it, or it made no progress, for `timeout` seconds. The hub judges the
+missed when nothing was heard from it, or it made no progress, for `timeout` seconds in which the judge ran
+itself. The hub judges the
 others, the others judge the hub; whoever fails or is missed, every rank learns of it and by whom.
 
 What goes over a socket: frames of a length (4 bytes, little-endian) and so many bytes of JSON::
@@ -84,10 +85,8 @@ class Circle:
         self.timeout = timeout
         self.progress: Callable[[], int | None] = lambda: None
         self.on_failure: Callable[[], None] = lambda: None
-        now = time.monotonic()
-        self._peers = {
-            number: _Peer(number, channel, heard=now, moved=now) for number, channel in channels.items()
-        }
+        self._clock = 0.0  # of the watching thread: see `_watch`
+        self._peers = {number: _Peer(number, channel) for number, channel in channels.items()}
         self._change = threading.Condition()
         self._sending = threading.Lock()
         self._parts: dict[int, Any] = {}  # the hub's: what came so far
@@ -203,19 +202,23 @@ class Circle:
     def _watch(self) -> None:
         beat = min(1.0, self.timeout / 5)
         next_beat = 0.0
+        before = time.monotonic()
         with selectors.DefaultSelector() as selector:
             selector.register(self._woken, selectors.EVENT_READ)
             for peer in self._peers.values():
                 selector.register(peer.channel, selectors.EVENT_READ, peer)
             while not self._closing:
                 ready = selector.select(max(0.0, next_beat - time.monotonic()))
+                # Where a machine was paused, so were the others: nobody can be blamed for that time alone.
+                now = time.monotonic()
+                self._clock += min(now - before, self.timeout / 2)
+                before = now
                 for key, _ in ready:
                     if key.data is not None and not self._receive(key.data):
                         selector.unregister(key.fileobj)
-                now = time.monotonic()
                 if now >= next_beat and not self._closing and self.failure is None and not self._over:
                     self._tell({"alive": None if self._waiting else self.progress()})
-                    self._judge(now)
+                    self._judge()
                 if now >= next_beat:
                     next_beat = now + beat
 
@@ -229,7 +232,7 @@ class Circle:
             if not self._over:
                 self._fail(peer.rank, GONE)
             return False
-        peer.heard = time.monotonic()
+        peer.heard = self._clock
         peer.received += data
         while len(peer.received) >= _LENGTH.size:
             (length,) = _LENGTH.unpack_from(peer.received)
@@ -258,11 +261,11 @@ class Circle:
             peer.progress = frame["alive"]
             peer.moved = peer.heard
 
-    def _judge(self, now: float) -> None:
+    def _judge(self) -> None:
         for peer in self._peers.values():
-            if now - peer.heard > self.timeout:
+            if self._clock - peer.heard > self.timeout:
                 self._fail(peer.rank, f"gave no sign of life for {self.timeout:g} s: see what it does")
-            elif peer.progress is not None and now - peer.moved > self.timeout:
+            elif peer.progress is not None and self._clock - peer.moved > self.timeout:
                 self._fail(
                     peer.rank, f"has not loaded anything for {self.timeout:g} s: see what it waits for"
                 )
