@@ -13,7 +13,14 @@ import pytest
 from support.peers import KEYS, Held, asking, held, peer
 
 from headrace.cache.bandwidth import Bandwidth
-from headrace.cache.errors import HeadraceError, NotAuthenticated, PeerBusy, PeerError, PeerMissing
+from headrace.cache.errors import (
+    HeadraceError,
+    NotAuthenticated,
+    OtherVersion,
+    PeerBusy,
+    PeerError,
+    PeerMissing,
+)
 from headrace.cache.peers.client import PeerClient, PeerTimeouts
 from headrace.cache.peers.security import Security
 from headrace.cache.peers.server import PeerServer
@@ -134,8 +141,8 @@ def fetch(server: Scripted, length: int = len(BODY), security: Security = KEYS) 
         (b"SSH-2.0-OpenSSH_9.2\r\n\r\n", PeerError, "not HTTP"),
         (b"HTTP/1.1 200 OK\r\nX: " + b"a" * 20_000, PeerError, "bytes of headers"),
         (head(version="") + BODY, PeerError, "not a headrace agent"),
-        (head(version="2.0") + BODY, PeerError, r"version 2\.0 .* upgrade the older"),
-        (head("400 Bad Request", 8, version="3.1") + b"whatever", PeerError, r"version 3\.1"),
+        (head(version="2.0") + BODY, OtherVersion, r"version 2\.0 .* upgrade the older"),
+        (head("400 Bad Request", 8, version="3.1") + b"whatever", OtherVersion, r"version 3\.1"),
         (head("404 Not Found", 5) + b"gone.", PeerMissing, "gone"),
         (head("401 Unauthorized", 7) + b"secret?", NotAuthenticated, "secret"),
         (head("500 Oops", 5) + b"dead.", PeerError, "500: dead"),
