@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 import time
 from pathlib import Path
 
@@ -9,9 +11,11 @@ import pytest
 from support.safetensors_files import entry, file_bytes
 
 from headrace.loader import load
+from headrace.loader.choose import ReadPath
 from headrace.loader.plan import BLOCK, Block
 from headrace.loader.readers.mapped import MappedReader
 from headrace.loader.trace import Trace
+from headrace.loader.transfer import Transfer
 
 
 @pytest.fixture
@@ -61,3 +65,21 @@ def test_what_is_in_the_page_cache_is_mapped_in_larger_blocks(
     load(tmp_path, read_path="mapped")
     assert sum(filled) >= 3 * BLOCK
     assert len(filled) == 1
+
+
+@pytest.mark.parametrize(("read_path", "started"), [("mapped", 2), ("buffered", 5)])
+def test_only_as_many_threads_read_as_are_of_use(
+    read_path: ReadPath, started: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model.safetensors").write_bytes(file_bytes([entry("a", "U8", (100_000,))]))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: {0, 1})
+    workers: list[str] = []
+    work = Transfer.work
+
+    def noting(self: Transfer) -> None:
+        workers.append(threading.current_thread().name)
+        work(self)
+
+    monkeypatch.setattr(Transfer, "work", noting)
+    load(tmp_path, read_path=read_path, threads=5)
+    assert len(workers) == started

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 import torch.distributed
 
-from headrace.cache.errors import HeadraceError, UsageError
+from headrace.cache.errors import UsageError
 from headrace.cache.safetensors import TensorInfo
 from headrace.loader.checkpoint import find_checkpoint
 from headrace.loader.choose import ReadPath, check_read_path
+from headrace.loader.crew import Crew
 from headrace.loader.digest import tensors_digest
 from headrace.loader.gathering import GatherPlan
 from headrace.loader.opening import DeviceReading, Opening
 from headrace.loader.plan import FilePlan, Selection
-from headrace.loader.ranks.exchange import HandOverStopped
 from headrace.loader.ranks.session import Ranks, Session, together
 from headrace.loader.readers.fetch import Fetch
 from headrace.loader.readers.gather import DeviceGatherReader
@@ -173,12 +172,10 @@ def load(
         opening = _opening(source, selection, read_path, verify, transfer, for_device)
         opening.threads, opening.slices, opening.session = workers, slices, session
         stack.callback(opening.close)
-        with _running(workers, transfer) as futures:
-            try:
-                opening.run()  # not in a thread of its own: making thousands of tensors there takes longer
-            except HeadraceError as failure:
-                _finish(futures, failure)
-            _finish(futures)
+        with Crew(transfer, workers) as crew:
+            crew.finish(
+                opening.run
+            )  # not in a thread of its own: making thousands of tensors there takes longer
         if session is not None:
             session.check()
         tensors: dict[str, torch.Tensor] = {}
@@ -237,11 +234,12 @@ def stream(
             opening = _opening(source, selection, read_path, verify, transfer, for_device, _STREAM_IMAGE)
             opening.threads, opening.slices, opening.session = workers, slices, session
             stack.callback(opening.close)
-            with _running(workers, transfer, opening.run) as futures:
+            with Crew(transfer, workers) as crew:
+                opened = crew.beside(opening.run)
                 for ready in transfer.taken():
                     reader = ready.job.reader
                     yield reader.plan.placed[ready.number].info.name, reader.take(ready.number)
-                _finish(futures)
+                crew.finish(opened.result)
             if session is not None:
                 session.finish()
 
@@ -275,27 +273,6 @@ def _opening(
     with transfer.trace.span("resolve"):
         checkpoint = find_checkpoint(source, only, reading(verify))
     return Opening(source, checkpoint, selection, read_path, transfer, max_image, for_device, verify=verify)
-
-
-@contextlib.contextmanager
-def _running(
-    workers: int, transfer: Transfer, *others: Callable[[], None]
-) -> Iterator[list[concurrent.futures.Future[None]]]:
-    """Threads that read, and one for each of `others`; however the block is left, they have ended after it."""
-    jobs = [transfer.work] * workers + list(others)
-    with concurrent.futures.ThreadPoolExecutor(len(jobs), thread_name_prefix="headrace-load") as pool:
-        try:
-            yield [pool.submit(job) for job in jobs]
-        finally:
-            transfer.stop()
-
-
-def _finish(futures: list[concurrent.futures.Future[None]], *failures: HeadraceError) -> None:
-    """Wait for all; raise the first failure. The opening's comes last: it also fails when a reader did."""
-    concurrent.futures.wait(futures)
-    raised = [failure for future in futures if (failure := future.exception()) is not None]
-    for failure in sorted([*raised, *failures], key=lambda failure: isinstance(failure, HandOverStopped)):
-        raise failure
 
 
 def _stats(source: Source, opening: Opening, trace: Trace) -> LoadStats:

@@ -98,6 +98,8 @@ class Transfer:
         """The order in which the blocks of a file of so many bytes are read, where it is not the file's."""
         self.on_stop: Callable[[], None] = lambda: None
         """Called whenever this is stopped: for whoever a reading thread may wait for."""
+        self.reinforce: Callable[[int | None], None] = lambda _threads: None
+        """Called when there is something to read: so many threads are of use; None: any number."""
         self._per_tensor = per_tensor
         self._max_ahead = max_ahead
         self._state = _State()
@@ -133,6 +135,8 @@ class Transfer:
                     if not left:
                         self._state.completed.append(Ready(job, number))
             self._change.notify_all()
+        if job.pending:
+            self.reinforce(reader.threads)
 
     def seal(self) -> None:
         """No file will be added any more."""

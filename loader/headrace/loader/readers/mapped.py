@@ -51,6 +51,7 @@ class MappedReader(FileReader):
         self._absent = absent
         if file.complete and absent is None:
             self.block_size = _PRESENT_BLOCK
+            self.threads = len(os.sched_getaffinity(0))  # nothing is waited for
         mapping = map_file(file.fileno(), file.size, file.path)
         self._mapping: torch.Tensor | None = torch.frombuffer(mapping, dtype=torch.uint8)
 

@@ -36,6 +36,8 @@ class FileReader(ABC):
     """Blocks must be rounded outward to multiples of this."""
     block_size: int | None = None
     """Bytes of a block, where not `BLOCK`."""
+    threads: int | None = None
+    """How many are of use to read; None: any number."""
 
     def __init__(self, file: SourceFile, plan: FilePlan) -> None:
         self.file = file
