@@ -366,12 +366,12 @@ def test_many_readings_at_once_do_not_mix(store: Store, server: PeerServer) -> N
 
 def test_a_cancelled_reading_frees_the_peers_slot(store: Store, one: Held) -> None:
     one.fill()
-    bandwidth = Bandwidth({("peers", "demand"): 0.0})
+    bandwidth = Bandwidth({("peers", "demand"): 1.0})
     with PeerServer(store, KEYS, slots=1, bandwidth=bandwidth) as server:
 
         async def work(client: PeerClient) -> None:
             task = asyncio.create_task(
-                client.read_to(peer(server), "default", one.id, 0, 1, 70_000, lambda _: None)
+                client.read_to(peer(server), "default", one.id, 2, 3, 2_500_000, nowhere)
             )
             while not server.stats().active["demand"]:
                 await asyncio.sleep(0.005)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from support.peers import KEYS, Held, answer, asking, connection, held, open_files, peer, read, send_get
 
-from headrace.cache.bandwidth import Bandwidth, Class
+from headrace.cache.bandwidth import PIECE, Bandwidth, Class
 from headrace.cache.errors import NotAuthenticated, PeerBusy, PeerError, PeerMissing, UsageError
 from headrace.cache.numbering import Numbering, unpack
 from headrace.cache.peers.protocol import MAX_HEAD, Ask
@@ -23,6 +23,7 @@ from headrace.cache.peers.serving import ServerLimits
 from headrace.cache.store import Store
 
 LATE = 60.0
+STANDSTILL = 1.0  # a byte per second: what has begun stays where it is
 OPEN = Security()
 
 
@@ -353,7 +354,7 @@ def test_prestage_gets_only_what_demand_leaves_and_never_stands_in_its_way(shelf
 def test_a_reader_that_goes_away_frees_its_slot_at_once(shelf: Store, large: Held, paused: bool) -> None:
     bandwidth = Bandwidth()
     if paused:
-        bandwidth.set_rate("peers", "demand", 0)
+        bandwidth.set_rate("peers", "demand", STANDSTILL)
     with PeerServer(shelf, OPEN, slots=1, bandwidth=bandwidth) as server:
         slow_upload(server, large).close()
         until(lambda: server.stats().active["demand"] == 0)
@@ -399,7 +400,7 @@ def test_more_connections_than_there_may_be_are_closed_and_the_others_go_on(shel
 
 
 def test_uploads_go_at_the_rate_of_their_class_and_a_change_reaches_them(shelf: Store, large: Held) -> None:
-    bandwidth = Bandwidth({("peers", "prestage"): 0.0})
+    bandwidth = Bandwidth({("peers", "prestage"): STANDSTILL})
     with PeerServer(shelf, OPEN, bandwidth=bandwidth) as server:
         done = threading.Event()
 
@@ -411,17 +412,27 @@ def test_uploads_go_at_the_rate_of_their_class_and_a_change_reaches_them(shelf: 
         thread.start()
         until(lambda: server.stats().active["prestage"] == 1)
         assert read_open(server, large) == large.content
-        assert server.stats().sent["prestage"] == 0
+        assert server.stats().sent["prestage"] <= PIECE
         bandwidth.set_rate("peers", "prestage", 1e9)
         assert done.wait(LATE)
         thread.join()
+
+
+def test_a_paused_class_is_told_so_rather_than_kept_waiting(shelf: Store, small: Held) -> None:
+    bandwidth = Bandwidth({("peers", "prestage"): 0.0})
+    with PeerServer(shelf, OPEN, bandwidth=bandwidth) as server:
+        with pytest.raises(PeerBusy, match="paused"):
+            read_open(server, small, demand=False)
+        assert read_open(server, small) == small.content
+        bandwidth.set_rate("peers", "prestage", None)
+        assert read_open(server, small, demand=False) == small.content
 
 
 # -- life
 
 
 def test_stopping_lets_uploads_end_and_refuses_new_ones(shelf: Store, large: Held) -> None:
-    bandwidth = Bandwidth({("peers", "demand"): 0.0})
+    bandwidth = Bandwidth({("peers", "demand"): STANDSTILL})
     server = PeerServer(shelf, OPEN, bandwidth=bandwidth)
     server.start()
     address = server.address

@@ -163,10 +163,10 @@ class Connection:
         with serving.objects.use(serving.shelf.folder(domain, ask.id)) as one:
             if not one.ready(ask.first, ask.last):
                 raise PeerMissing("this node does not have all of these chunks.")
+            if serving.bandwidth.rate("peers", of) == 0:
+                raise self._busy(f"uploads of the class {of} are paused on this node.", 1.0)
             if not serving.slots.take(of):
-                with serving.counts.lock:
-                    serving.counts.busy += 1
-                raise PeerBusy("all upload slots of this node are taken.", serving.until_free())
+                raise self._busy("all upload slots of this node are taken.", serving.until_free())
             try:
                 begun = time.monotonic()
                 start, stop = one.grid.span(ask.first, ask.last)
@@ -194,6 +194,11 @@ class Connection:
                 return whole and not closes
             finally:
                 serving.slots.give(of)
+
+    def _busy(self, sentence: str, seconds: float) -> PeerBusy:
+        with self._serving.counts.lock:
+            self._serving.counts.busy += 1
+        return PeerBusy(sentence, seconds)
 
     def _unwanted(self) -> bool:
         return gone(self._sock)

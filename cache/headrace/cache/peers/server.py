@@ -33,7 +33,7 @@ class PeerStats:
         sent: bytes of chunks by class.
         uploads: requests for chunks that were answered whole, by class.
         active: uploads under way by class.
-        busy: requests refused because no slot was free.
+        busy: requests refused because no slot was free, or their class is paused.
         refused: requests refused because of their token, and connections because of their certificate.
         connections: open now.
     """
