@@ -128,7 +128,9 @@ class Member:
             self.wait_ready()
 
     def wait_ready(self) -> None:
-        wait_until(lambda: self.ready or self._ended, PATIENCE)
+        deadline = time.monotonic() + PATIENCE
+        while not (self.ready or self._ended) and time.monotonic() < deadline:
+            time.sleep(0.02)
         assert self.ready, f"{self} did not get ready: {self.log[-2000:]}"
 
     @property
