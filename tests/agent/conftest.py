@@ -28,6 +28,16 @@ def agent(headrace: Command, tmp_path: Path) -> Iterator[RunningAgent]:
         yield running
 
 
+@pytest.fixture(scope="module")
+def lasting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningAgent]:
+    """One agent for all tests of a module that leave it as it is."""
+    folder = tmp_path_factory.mktemp("agent")
+    (folder / "home").mkdir()
+    command = Command(folder / "home", folder / "store", {"HEADRACE_SOCKET": str(folder / "none.sock")})
+    with RunningAgent(command, folder / "agent") as running:
+        yield running
+
+
 @pytest.fixture
 def files() -> dict[str, bytes]:
     return small_model()
@@ -40,6 +50,6 @@ def model(tmp_path: Path, files: dict[str, bytes]) -> Path:
 
 @pytest.fixture
 def slow(files: dict[str, bytes]) -> Iterator[FaultyServer]:
-    """Takes about 3 s for the model."""
-    with FaultyServer(below("m", files), rate=1e6) as server:
+    """Takes about a second for the model."""
+    with FaultyServer(below("m", files), rate=2.5e6) as server:
         yield server

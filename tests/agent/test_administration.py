@@ -29,23 +29,23 @@ def staged(agent: RunningAgent, reference: object, **more: Any) -> dict[str, Any
     return found
 
 
-def test_the_socket_is_its_owners_alone(agent: RunningAgent) -> None:
-    status = os.stat(agent.socket)
+def test_the_socket_is_its_owners_alone(lasting: RunningAgent) -> None:
+    status = os.stat(lasting.socket)
     assert stat.S_ISSOCK(status.st_mode)
     assert stat.S_IMODE(status.st_mode) == 0o600
     assert status.st_uid == os.geteuid()
 
 
 @needs_root
-def test_another_user_is_not_let_in(agent: RunningAgent) -> None:
+def test_another_user_is_not_let_in(lasting: RunningAgent) -> None:
     program = (
         "import socket, sys, os; os.setuid(65534); s = socket.socket(socket.AF_UNIX);"
         "sys.exit(s.connect_ex(sys.argv[1]))"
     )
-    for folder in (agent.folder, *agent.folder.parents):
+    for folder in (lasting.folder, *lasting.folder.parents):
         with contextlib.suppress(PermissionError):
             folder.chmod(folder.stat().st_mode | 0o111)
-    done = subprocess.run([sys.executable, "-c", program, agent.socket], check=False, timeout=60)
+    done = subprocess.run([sys.executable, "-c", program, lasting.socket], check=False, timeout=60)
     assert done.returncode == 13  # EACCES
 
 
@@ -145,9 +145,11 @@ def test_pre_staging_waits_its_turn_until_a_pod_needs_it(
     assert agent.children() == []
 
 
-def test_a_failure_reaches_every_client_as_the_same_error(agent: RunningAgent, tmp_path: Path) -> None:
+def test_a_failure_reaches_every_client_as_the_same_error(lasting: RunningAgent, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    lines = list(agent.client.stream("POST", "/v1/stage", {"request": {"reference": str(tmp_path / "none")}}))
+    lines = list(
+        lasting.client.stream("POST", "/v1/stage", {"request": {"reference": str(tmp_path / "none")}})
+    )
     assert lines[-1]["error"]["kind"] == "NotFound"
     assert lines[-1]["error"]["exit_code"] == NotFound.exit_code
 
@@ -180,20 +182,20 @@ WRONG: list[tuple[str, str, Any, type[Exception], str]] = [
 ]
 
 
-def test_every_wrong_request_is_one_sentence(agent: RunningAgent) -> None:
+def test_every_wrong_request_is_one_sentence(lasting: RunningAgent) -> None:
     for method, path, values, kind, said in WRONG:
         with pytest.raises(kind) as caught:
-            agent.client.ask(method, path, values)
+            lasting.client.ask(method, path, values)
         assert said in str(caught.value), (method, path, values)
-    assert "Traceback" not in agent.log()
+    assert "Traceback" not in lasting.log()
 
 
-def test_a_body_that_is_no_object_is_refused(agent: RunningAgent) -> None:
+def test_a_body_that_is_no_object_is_refused(lasting: RunningAgent) -> None:
     for raw in (b"[1]", b"{", b"\xff\xfe"):
-        with agent.raw("POST", "/v1/pin", raw) as answer:
+        with lasting.raw("POST", "/v1/pin", raw) as answer:
             assert answer.status == 400
             assert b"has to be a JSON object" in answer.read()
-    with agent.raw("POST", "/v1/pin", b"x" * (2 << 20)) as answer:
+    with lasting.raw("POST", "/v1/pin", b"x" * (2 << 20)) as answer:
         assert answer.status == 413
 
 
@@ -202,11 +204,11 @@ def test_nobody_there_is_an_error_of_its_own(tmp_path: Path) -> None:
         AgentClient(str(tmp_path / "none.sock")).ask("GET", "/v1/status")
 
 
-def test_explain_says_why(agent: RunningAgent, model: Path) -> None:
-    staged(agent, model)
-    found = agent.client.ask("GET", "/v1/explain", name=str(model))
+def test_explain_says_why(lasting: RunningAgent, model: Path) -> None:
+    staged(lasting, model)
+    found = lasting.client.ask("GET", "/v1/explain", name=str(model))
     assert found["snapshot"]["staged"]
     assert found["jobs"][0]["state"] == "staged"
     assert any("all of it is in this node's store" in sentence for sentence in found["why"])
     with pytest.raises(NotStaged):
-        agent.client.ask("GET", "/v1/explain", name="s3://never/asked")
+        lasting.client.ask("GET", "/v1/explain", name="s3://never/asked")

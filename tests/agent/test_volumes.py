@@ -11,6 +11,8 @@ import pytest
 from support.agents import RunningAgent
 from support.command import wait_until
 from support.faulty_server import FaultyServer
+from support.models import small_model
+from support.stores import write_files
 
 from headrace.cache.errors import NotAllowed, UsageError
 from headrace.prefetch.client import AgentClient
@@ -27,34 +29,43 @@ def volume(agent: RunningAgent, name: str, *snapshots: str) -> AgentClient:
     return AgentClient(made["socket"])
 
 
+@pytest.fixture(scope="module")
+def shared(lasting: RunningAgent, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """Two snapshots of the agent that lasts."""
+    model = write_files(tmp_path_factory.mktemp("models") / "one", small_model())
+    other = write_files(tmp_path_factory.mktemp("models") / "other", small_model(1))
+    return staged(lasting, model), staged(lasting, other)
+
+
 @pytest.fixture
 def two(agent: RunningAgent, model: Path, tmp_path: Path) -> tuple[str, str]:
+    """Two snapshots of an agent that ends in the test."""
     other = tmp_path / "other"
     other.mkdir()
     (other / "model.safetensors").write_bytes((model / "model-00001-of-00002.safetensors").read_bytes())
     return staged(agent, model), staged(agent, other)
 
 
-def test_a_pod_sees_its_own_snapshot(agent: RunningAgent, two: tuple[str, str]) -> None:
-    pod = volume(agent, "pvc-1", two[0])
+def test_a_pod_sees_its_own_snapshot(lasting: RunningAgent, shared: tuple[str, str]) -> None:
+    pod = volume(lasting, "pvc-0a", shared[0])
     assert stat.S_IMODE(os.stat(pod.path).st_mode) == 0o666
     for path in ("/v1/snapshot", "/v1/wait"):
         found = pod.ask("GET", path)
-        assert (found["snapshot"], found["staged"]) == (two[0], True)
+        assert (found["snapshot"], found["staged"]) == (shared[0], True)
         # What is not the pod's business is not there: where the store is, who else uses it.
         assert set(found) == {"snapshot", "files", "bytes", "present", "staged"}
-    assert pod.ask("GET", "/v1/snapshot", id=two[0])["snapshot"] == two[0]
+    assert pod.ask("GET", "/v1/snapshot", id=shared[0])["snapshot"] == shared[0]
 
 
-def test_a_pod_is_refused_another_volumes_snapshot(agent: RunningAgent, two: tuple[str, str]) -> None:
-    first, second = volume(agent, "pvc-1", two[0]), volume(agent, "pvc-2", two[1])
-    for pod, foreign in ((first, two[1]), (second, two[0]), (first, "0" * 64)):
+def test_a_pod_is_refused_another_volumes_snapshot(lasting: RunningAgent, shared: tuple[str, str]) -> None:
+    first, second = volume(lasting, "pvc-1a", shared[0]), volume(lasting, "pvc-1b", shared[1])
+    for pod, foreign in ((first, shared[1]), (second, shared[0]), (first, "0" * 64)):
         for path in ("/v1/snapshot", "/v1/progress", "/v1/wait"):
             with pytest.raises(NotAllowed, match="is not one of this volume's"):
                 pod.ask("GET", path, id=foreign)
     # A prefix, which the administrator may use, opens nothing either.
     with pytest.raises(NotAllowed):
-        first.ask("GET", "/v1/snapshot", id=two[0][:12])
+        first.ask("GET", "/v1/snapshot", id=shared[0][:12])
 
 
 ADMINISTRATOR: list[tuple[str, str]] = [
@@ -73,21 +84,21 @@ ADMINISTRATOR: list[tuple[str, str]] = [
     ("POST", "/v1/reload"),
     ("GET", "/v1/volumes"),
     ("POST", "/v1/volumes"),
-    ("DELETE", "/v1/volumes/pvc-1"),
+    ("DELETE", "/v1/volumes/pvc-2a"),
     ("POST", "/v1/snapshot"),
     ("GET", "/metrics"),
     ("GET", "/"),
 ]
 
 
-def test_a_pod_may_do_nothing_of_the_administrator(agent: RunningAgent, two: tuple[str, str]) -> None:
-    pod = volume(agent, "pvc-1", two[0])
+def test_a_pod_may_do_nothing_of_the_administrator(lasting: RunningAgent, shared: tuple[str, str]) -> None:
+    pod = volume(lasting, "pvc-2a", shared[0])
     for method, path in ADMINISTRATOR:
         with pytest.raises(NotAllowed, match="nothing else"):
-            pod.ask(method, path, {"name": two[0]} if method == "POST" else None)
-        with agent.raw(method, path, b"", pod.path) as answer:
+            pod.ask(method, path, {"name": shared[0]} if method == "POST" else None)
+        with lasting.raw(method, path, b"", pod.path) as answer:
             assert answer.status == 403, (method, path)
-    assert agent.client.ask("GET", "/v1/volumes")["volumes"][0]["volume"] == "pvc-1"
+    assert pod.path in [one["socket"] for one in lasting.client.ask("GET", "/v1/volumes")["volumes"]]
 
 
 def test_a_pod_follows_what_is_still_coming(agent: RunningAgent, slow: FaultyServer) -> None:
@@ -131,12 +142,14 @@ def test_a_damaged_record_costs_its_own_volume_only(agent: RunningAgent, two: tu
         assert "is not served" in agent.log()
 
 
-def test_asking_twice_is_no_error_and_other_snapshots_are(agent: RunningAgent, two: tuple[str, str]) -> None:
-    assert volume(agent, "v", two[0]).path == volume(agent, "v", two[0]).path
+def test_asking_twice_is_no_error_and_other_snapshots_are(
+    lasting: RunningAgent, shared: tuple[str, str]
+) -> None:
+    assert volume(lasting, "v", shared[0]).path == volume(lasting, "v", shared[0]).path
     with pytest.raises(UsageError, match="other snapshots"):
-        volume(agent, "v", two[1])
+        volume(lasting, "v", shared[1])
     for name in ("../up", "a/b", "", ".hidden", "x" * 200):
         with pytest.raises(UsageError):
-            volume(agent, name, two[0])
+            volume(lasting, name, shared[0])
     with pytest.raises(UsageError, match="2 snapshots"):
-        volume(agent, "both", *two).ask("GET", "/v1/snapshot")
+        volume(lasting, "both", *shared).ask("GET", "/v1/snapshot")
