@@ -45,7 +45,8 @@ class Patience:
         settle: nothing is claimed so soon after the first exchange of a swarm: what others were reading until then
             shows in their maps.
         silent: how long a node that does not answer still owns its chunks.
-        stuck: how long one does whose map stays the same.
+        stuck: how long one does whose map stays the same while others get on. Where nobody does, one node after
+            the other loses patience, each after as long again.
         missing: how long a node that has no map of a swarm is not asked for it again.
     """
 
@@ -79,7 +80,10 @@ class _Map:
 
 @dataclass(slots=True)
 class _View:
+    """One swarm. `advanced`: when any node was last seen to have got on."""
+
     begun: float
+    advanced: float
     maps: dict[str, _Map] = field(default_factory=dict)
     asking: dict[str, asyncio.Task[None]] = field(default_factory=dict)
     owners: dict[int, str | None] = field(default_factory=dict)
@@ -141,9 +145,11 @@ class PeerTracker:
         self._forget(swarm)
 
     async def exchange(self, swarm: Swarm, request: Exchange) -> Answer:
+        view = self._view(swarm)
+        if request.gained:
+            view.advanced = self._clock()
         if not request.wanted:
             return Answer()
-        view = self._view(swarm)
         for chunk, node in request.missing:
             for address, known in view.maps.items():
                 peer = self._peers.get(address)
@@ -204,12 +210,14 @@ class PeerTracker:
     def _candidates(self, view: _View, now: float) -> tuple[str, ...]:
         """Who may own chunks: this node, and whoever takes part and gets on, or was not heard yet."""
         found = [self._me.address]
+        place = sum(address < self._me.address for address in self._peers)
         for address in self._peers:
             known = view.maps.get(address)
             if known is None or (
                 known.part is not False
                 and now - known.answered < self._patience.silent
-                and now - known.changed < self._patience.stuck
+                and view.advanced - known.changed < self._patience.stuck
+                and now - known.changed < self._patience.stuck * (2 + place)
             ):
                 found.append(address)
         return tuple(sorted(found))
@@ -217,7 +225,8 @@ class PeerTracker:
     # Maps
 
     def _view(self, swarm: Swarm) -> _View:
-        return self._views.setdefault(swarm, _View(self._clock()))
+        now = self._clock()
+        return self._views.setdefault(swarm, _View(now, now))
 
     async def _refresh(self, swarm: Swarm, view: _View, chunks: Sequence[int]) -> None:
         """Ask members for their maps, as far as those known are old."""
@@ -266,7 +275,9 @@ class PeerTracker:
         else:
             bits = int.from_bytes(have, "little")
             now = self._clock()
-            if bits != known.bits or known.failures:
+            if bits != known.bits:
+                known.changed = view.advanced = now
+            elif known.failures:
                 known.changed = now
             known.part, known.bits, known.failures = True, bits, 0
             known.answered = now
