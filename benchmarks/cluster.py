@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 import shutil
 import statistics
 import sys
@@ -30,7 +31,7 @@ from benchmarks.measure import end_cleanly, machine
 from benchmarks.simulator.case import PRESETS
 from benchmarks.simulator.world import World
 from support import revisions
-from support.cluster import Cluster, Member, Staged, ends
+from support.cluster import MEMORY, Cluster, Member, Staged, ends
 from support.namespaces import Network, Rate, missing
 from support.origin import Origin
 from support.revisions import Revision
@@ -81,7 +82,8 @@ class Run:
         seconds: of each node that has it, from the common start, in order.
         origin: body bytes that the origin sent.
         lists, heads: requests; `most_heads` for one file.
-        cpu: share of the machine that was used.
+        cpu: share of the machine that was used, by whomever.
+        agents: CPU seconds of the agents and what they started.
         failed: what nodes said that do not have it.
     """
 
@@ -93,6 +95,7 @@ class Run:
     heads: int
     most_heads: int
     cpu: float
+    agents: float
     failed: tuple[str, ...] = ()
 
     @property
@@ -133,6 +136,7 @@ class Bench:
     ) -> tuple[Run, list[Staged]]:
         """Stage on all members from now on, and compare every byte."""
         self.origin.reads()
+        spent = sum(_spent(member) for member in members)
         used, start = _cpu(), time.monotonic()
         futures = cluster.begin(model.reference, members)
         if meanwhile is not None:
@@ -155,6 +159,7 @@ class Bench:
             reads.count("HEAD"),
             max(heads.values(), default=0),
             share,
+            sum(_spent(member) for member in members) - spent,
             failed,
         )
         return run, found
@@ -165,6 +170,16 @@ def _cpu() -> tuple[float, float]:
     with open("/proc/stat") as file:
         ticks = [int(word) for word in file.readline().split()[1:9]]
     return sum(ticks) - ticks[3] - ticks[4], sum(ticks)
+
+
+def _spent(member: Member) -> float:
+    """CPU seconds of an agent and of its processes that have ended; 0 of one that is gone."""
+    assert member.process is not None
+    try:
+        fields = Path(f"/proc/{member.process.pid}/stat").read_text().rpartition(")")[2].split()
+    except FileNotFoundError:
+        return 0.0
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
 
 
 def _share(before: tuple[float, float], after: tuple[float, float]) -> float:
@@ -187,11 +202,13 @@ def _row(run: Run, bound: float, size: int) -> str:
     return (
         f"{run.name:24}{len(run.seconds):>6}{half:>9.2f}{run.last:>9.2f}{run.last / bound:>8.2f}"
         f"{run.origin / size:>9.3f}{run.lists:>6}{run.heads:>6}{run.cpu:>7.0%}"
+        f"{run.agents * 1e9 / (size * max(1, len(run.seconds))):>9.2f}"
     )
 
 
 _HEADINGS = (
     f"{'':24}{'nodes':>6}{'median s':>9}{'last s':>9}{'/ bound':>8}{'origin':>9}{'LIST':>6}{'HEAD':>6}{'CPU':>7}"
+    f"{'s/GB':>9}"
 )  # fmt: skip
 
 
@@ -346,7 +363,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--scale", type=float, default=1.0, help="of all rates, where the machine is the limit"
     )
     parser.add_argument("--only", choices=["cold", "later", "simulated"], help="one part")
-    parser.add_argument("--folder", help="where to write (default: the temporary folder); a short path")
+    parser.add_argument(
+        "--folder",
+        default=MEMORY,
+        help="where to write: by default memory, as one disk is not what eight nodes have (8 GB, and a short path)",
+    )
     parser.add_argument("--json", metavar="FILE", help="write the figures there")
     options = parser.parse_args(argv)
     if reason := missing():

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from support import namespaces, nginx, redis_server, revisions
-from support.cluster import Cluster
+from support.cluster import MEMORY, Cluster
 from support.namespaces import Network, Rate
 from support.origin import Origin
 
@@ -54,7 +54,7 @@ class Bed:
         """A cluster of so many nodes to begin with; afterwards its processes are gone and links are as before."""
         # Sockets have short paths only.
         with (
-            tempfile.TemporaryDirectory(prefix="headrace-") as folder,
+            tempfile.TemporaryDirectory(prefix="headrace-", dir=MEMORY) as folder,
             Cluster(self.network, self.origin, Path(folder), rate=LINK, settings=QUICK, **how) as cluster,
         ):
             self.origin.reads()
@@ -82,7 +82,7 @@ def _weed() -> str | None:
 def bed() -> Iterator[Bed]:
     """Set one up, and tear it down."""
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="headrace-")))
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="headrace-", dir=MEMORY)))
         network = stack.enter_context(Network())
         origin = stack.enter_context(Origin(network.add("origin", Rate(400, 400)), folder / "origin"))
         model = folder / "model"

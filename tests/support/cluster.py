@@ -39,6 +39,9 @@ from headrace.prefetch import messages
 PEER_PORT, METRICS_PORT = 7700, 9464
 PATIENCE = 60.0
 
+MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+"""For stores: nodes have a disk each, and this machine one, which all would wait for."""
+
 Settings = Mapping[str, Mapping[str, Any]]
 """Sections of the agent's configuration file."""
 
