@@ -61,23 +61,19 @@ def test_without_the_trackers_password_a_node_claims_nothing(bed: Bed, make: Mak
     assert cluster.members[0].address.encode() in cluster.redis.everything()
 
 
-@pytest.mark.parametrize("skew", [-300, 300])
-def test_a_node_with_a_wrong_clock_stages_all_the_same_and_says_so(bed: Bed, make: Make, skew: int) -> None:
+def test_a_node_with_a_wrong_clock_stages_all_the_same_and_says_so(bed: Bed, make: Make) -> None:
     cluster = make(1)
     cluster.stage(bed.reference)[0].check(bed.model)
-    late = _changed(cluster, NODE_CLOCK_SKEW=str(skew))
+    late = _changed(cluster, NODE_CLOCK_SKEW="300")
     (found,) = cluster.stage(bed.reference, [late])
     found.check(bed.model)
     assert "clock" in late.log
 
 
-@pytest.mark.parametrize("address", ["10.112.0.9:7700", "10.111.0.250:7700"])
-def test_a_node_whose_address_cannot_be_reached_keeps_nobody_from_staging(
-    bed: Bed, make: Make, address: str
-) -> None:
-    """The first is in no network that is known here, the second is nobody's."""
+def test_a_node_whose_address_cannot_be_reached_keeps_nobody_from_staging(bed: Bed, make: Make) -> None:
+    """It is nobody's."""
     cluster = make(0)
-    (hidden,) = cluster.add(settings={"node": {"address": address}})
+    (hidden,) = cluster.add(settings={"node": {"address": "10.111.0.250:7700"}})
     cluster.stage(bed.reference, [hidden])[0].check(bed.model)
     bed.origin.reads()
     for found in cluster.stage(bed.reference, cluster.add(2)):

@@ -27,6 +27,7 @@ class Fault:
         times: how often the origin may send the model besides.
         dies: the agent is gone.
         again: it is started once more then, and stages once more.
+        long: only in the campaign; a similar one is always tried.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Fault:
     times: float = 1.0
     dies: bool = False
     again: bool = False
+    long: bool = False
 
 
 @dataclass(frozen=True)
@@ -132,10 +134,10 @@ def _healed(cluster: Cluster, _: Member) -> None:
 
 
 FAULTS = (
-    Fault("the agent is killed", _kill, dies=True),
+    Fault("the agent is killed", _kill, dies=True, long=True),
     Fault("the agent is killed, and starts again", _kill, dies=True, again=True),
     Fault("the node crashes", _crash, dies=True),
-    Fault("the node crashes, and starts again", _crash, dies=True, again=True),
+    Fault("the node crashes, and starts again", _crash, dies=True, again=True, long=True),
     Fault("a staging process is killed", _kill_worker),
     Fault("a node stands still for a while", _pause, _resume),
     Fault("Redis is killed", _redis_killed, claims=4),
