@@ -147,5 +147,3 @@ class Shared:
         if link.ends:
             wait = (link.ends[0][0] - link.served) * link.cost * link.waiting
             self._later(now + max(wait, 0.0), link, link.turn)
-
-

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from heapq import heappop, heappush
 from math import inf
 from random import Random
@@ -81,7 +81,7 @@ class Counts:
     origin: int = 0
     peers: int = 0
     far: int = 0
-    cancelled: int = 0
+    cut: int = 0
     arrived: int = 0
     calls: int = 0
     told: int = 0
@@ -89,7 +89,6 @@ class Counts:
     busy: int = 0
     failed: int = 0
     hedges: int = 0
-    reads: dict[int, int] = field(default_factory=dict)
 
 
 class World:
@@ -215,7 +214,7 @@ class World:
 
     def _pass(self, at: float, transfer: Transfer) -> None:
         self._number += 1
-        heappush(self._events, (at, self._number, self._arrive, transfer, None))
+        heappush(self._events, (at + self.case.overhead, self._number, self._arrive, transfer, None))
 
     def _wake_at(self, node: Node, at: float) -> None:
         node.wake_at = at
@@ -262,7 +261,6 @@ class World:
         if fetch.peer is None:
             transfer = Transfer(fetch, size, node.number, -1)
             node.flying[fetch.number] = transfer
-            self.counts.reads[chunk] = self.counts.reads.get(chunk, 0) + 1
             earliest = now + case.first_byte + size / case.connection
             self._network.begin(transfer, (self._origin, node.down), earliest, now)
             return
@@ -285,9 +283,6 @@ class World:
 
     def _arrive(self, transfer: Transfer, _: object) -> None:
         if transfer.over:
-            return
-        if self.case.overhead and not isinstance(_, int):
-            self._later(self.now + self.case.overhead, self._arrive, transfer, 1)
             return
         transfer.over = True
         case, counts, fetch, size = self.case, self.counts, transfer.fetch, transfer.size
@@ -320,7 +315,7 @@ class World:
     def _cancel(self, node: Node, fetch: Fetch) -> None:
         transfer = node.flying.pop(fetch.number)
         self._network.cut(transfer, self.now)
-        self.counts.cancelled += transfer.size
+        self.counts.cut += transfer.size
         if transfer.source >= 0:
             self.nodes[transfer.source].uploads.pop(transfer, None)
         node.scheduler.finished(fetch, Outcome.CANCELLED, self.now)

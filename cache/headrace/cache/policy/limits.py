@@ -41,10 +41,10 @@ class Limits:
     """
 
     window: float = 0.05
-    least_window: int = 32
+    least_window: int = 48
     downloads: int = 6
     per_peer: int = 4
-    first_claims: int = 2
+    first_claims: int = 1
     claims: int = 16
     batch: int = MAX_WANTED
     ahead: float = 0.4
@@ -56,7 +56,7 @@ class Limits:
     rush: float = 16.0
     retry: float = 0.1
     most_retry: float = 2.0
-    keep: float = 3.0
+    keep: float = 2.0
     held_up: float = 1.0
     busy: float = 0.02
     hedge: float = 1.0

@@ -42,10 +42,13 @@ class Pace:
             self._rate = (self._rate + self._arrived / (now - self._looked)) / 2
         self._looked, self._arrived = now, 0
 
-    def answered(self, wanted: int, found: int, counts: Iterable[int], now: float) -> None:
-        """The answer: sources were found for so many of the wanted chunks."""
-        limits = self._limits
+    def heard(self, counts: Iterable[int]) -> None:
+        """So many nodes have this and that chunk."""
         self.crowd = max(self.crowd, *counts, 0)
+
+    def answered(self, wanted: int, found: int, now: float) -> None:
+        """Sources were found for so many of the wanted chunks."""
+        limits = self._limits
         if 2 * found >= wanted:
             self._pause = limits.poll
         elif not found:

@@ -183,6 +183,7 @@ class Scheduler:
         if self._claims and self._keep_at == inf:
             self._keep_at = now + self._limits.keep
         counts = answer.counts
+        self._pace.heard(counts.values())
         for chunk, holders in answer.holders.items():
             if state[chunk] == _ASKED:
                 self._counts[chunk] = counts.get(chunk, len(holders))
@@ -194,7 +195,7 @@ class Scheduler:
                 flight.holders = (*flight.holders, *holders)
         self._second.clear()
         if request.wanted:
-            self._pace.answered(len(request.wanted), found, counts.values(), now)
+            self._pace.answered(len(request.wanted), found, now)
         if found < len(request.wanted):
             self._put_rest(request, answer, now)
 
@@ -422,9 +423,12 @@ class Scheduler:
             if self._board.state[chunk] != _FLYING:
                 continue
             if other is None:
+                # Nobody else is known to have it: ask once more, and let the window go on without it.
                 self._second[chunk] = late
                 self._flights.put_off(late, now + self._limits.hedge / 2)
+                self._window.passed(chunk)
                 continue
             begun = self._flights.begin(chunk, late.size, other, late.holders, now, beside=late)
             fetches.append(begun.fetch)
+        self._advance()
         return fetches
