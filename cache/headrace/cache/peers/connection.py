@@ -46,6 +46,7 @@ class Connection:
         self._serving = serving
         self._sock = sock
         self._context = context
+        self._since = serving.reloaded
         self.idle = False
 
     def run(self) -> None:
@@ -64,7 +65,7 @@ class Connection:
                     self._count_refused()
                     return
             rest = b""
-            while not self._serving.draining:
+            while not self._serving.draining and self._since == self._serving.reloaded:
                 self._sock.settimeout(self._serving.limits.idle)
                 self.idle = True
                 try:

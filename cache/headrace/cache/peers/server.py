@@ -114,6 +114,7 @@ class PeerServer:
         self._context = security.server_context()
         self._serving.security = security
         # Who was let in by an older certificate is asked again.
+        self._serving.reloaded += 1
         self._end(idle_only=True)
 
     def stats(self) -> PeerStats:
@@ -182,17 +183,23 @@ class PeerServer:
             with self._changed:
                 self._connections.add(connection)
                 self._threads.add(thread)
-            thread.start()
+            try:
+                thread.start()
+            except RuntimeError:  # no more threads on this machine
+                self._forget(connection, thread)
 
     def _run(self, connection: Connection) -> None:
         try:
             connection.run()
         finally:
-            with self._changed:
-                connection.close()
-                self._connections.discard(connection)
-                self._threads.discard(threading.current_thread())
-                self._changed.notify_all()
+            self._forget(connection, threading.current_thread())
+
+    def _forget(self, connection: Connection, thread: threading.Thread) -> None:
+        with self._changed:
+            connection.close()
+            self._connections.discard(connection)
+            self._threads.discard(thread)
+            self._changed.notify_all()
 
 
 def _listening(host: str, port: int) -> socket.socket:

@@ -81,6 +81,8 @@ class Serving:
         self.blocks = Blocks()
         self.counts = Counts()
         self.draining = False
+        self.reloaded = 0
+        """How often `security` was exchanged: connections from before end with their answer."""
 
     def until_free(self) -> float:
         """Seconds after which one is likely to be free."""
