@@ -34,6 +34,7 @@ class Role:
     Attributes:
         name: a key of `ROLES`.
         source: the file (raw) or the store that is served or, by a client of headrace, known of.
+        reference: of the model in that store, for a whole staging run.
         address: of the server, for clients.
         target: a folder that does not exist, for clients.
         connections: at once.
@@ -44,6 +45,7 @@ class Role:
 
     name: str
     source: str
+    reference: str = ""
     address: str = ""
     target: str = ""
     connections: int = 1
@@ -198,8 +200,44 @@ def fetch(role: Role) -> Cost:
     return cost
 
 
+def stage(role: Role) -> Cost:
+    """A whole staging run that takes part in a cluster of two: from its start until the last chunk is marked."""
+    from headrace.cache import origins, stager, staging, swarm  # noqa: F401
+    from headrace.cache.cluster import ClusterSettings
+    from headrace.cache.peers.security import SecurityFiles
+    from headrace.cache.prepare import StageRequest
+    from headrace.cache.progress import Progress
+    from headrace.cache.tracker.protocol import Peer
+
+    class Sampled(Progress):
+        """Takes the cost of the moment at every mark; the last one stays."""
+
+        at_last_mark: Cost | None = None
+
+        def add(self, source: str, size: int, chunks: int = 1) -> None:
+            super().add(source, size, chunks)
+            self.at_last_mark = now()
+
+    if role.touch:
+        Path(role.target).mkdir()
+        pretouch(Path(role.target), 2 * sum(p.stat().st_size for p in Path(role.reference).iterdir()))
+    settings = ClusterSettings(
+        Peer("fetching", "127.0.0.1:1"),
+        static=(Peer("serving", role.address),),
+        security=SecurityFiles({"default": role.secret}) if role.secret else SecurityFiles(),
+    )
+    progress = Sampled()
+    begin = now()
+    request = StageRequest(role.reference, role.target, workers=1)
+    report = staging.run(staging.StagingJob(request, progress, cluster=settings))
+    if report.sources["peer"] != report.bytes:
+        raise RuntimeError(f"not everything came from the peer: {report.sources}")
+    assert progress.at_last_mark is not None
+    return progress.at_last_mark - begin
+
+
 SERVERS: dict[str, Callable[[Role], None]] = {"raw": serve_raw, "headrace": serve}
-CLIENTS: dict[str, Callable[[Role], Cost]] = {"raw": copy_raw, "headrace": fetch}
+CLIENTS: dict[str, Callable[[Role], Cost]] = {"raw": copy_raw, "headrace": fetch, "stage": stage}
 
 
 def main() -> int:
