@@ -24,12 +24,12 @@ class Keys:
     """Keys under one prefix.
 
     ============================  ====================================================================
-    `{swarm}:rows`                bitmap: a row per chunk, a column per node
-    `{swarm}:nodes`               hash: `m` how rows are laid out, `n:<id>` its column, `s:<column>` its
+    `{<swarm>}:rows`              bitmap: a row per chunk, a column per node
+    `{<swarm>}:nodes`             hash: `m` how rows are laid out, `n:<id>` its column, `s:<column>` its
                                   owner, `z:<zone>` blocks of 64 columns, `b:<block>` its zone,
                                   `f:<zone>` free columns, `t:<id>` last gain, `r:<id>` cleared so far
-    `{swarm}:claims`              hash: chunk, until when and who
-    `{swarm}:digests`             hash: chunk, learned digest with its MAC
+    `{<swarm>}:claims`            hash: chunk, until when and who
+    `{<swarm>}:digests`           hash: chunk, learned digest with its MAC
     `node:<id>`                   a node that lives: token, id, address, zone
     `swarms:<id>`                 set: swarms in which it has a column
     `deadlines`                   sorted set: until when each node lives
@@ -41,8 +41,11 @@ class Keys:
     prefix: str
 
     def swarm(self, swarm: Swarm) -> tuple[str, str, str, str]:
-        """Rows, nodes, claims, digests."""
-        start = f"{self.prefix}{{{swarm_name(swarm)}}}"
+        """Rows, nodes, claims, digests.
+
+        Short ones: Redis hands names of up to 64 bytes to a script's commands faster than longer ones.
+        """
+        start = f"{self.prefix}{{{_short(swarm_name(swarm))}}}"
         return f"{start}:rows", f"{start}:nodes", f"{start}:claims", f"{start}:digests"
 
     @property
@@ -70,4 +73,4 @@ class Keys:
 
 def _short(key: str) -> str:
     """A key of any length and content as one of a known length."""
-    return hashlib.sha256(key.encode()).hexdigest()[:40]
+    return hashlib.sha256(key.encode()).hexdigest()[:32]

@@ -154,6 +154,8 @@ class MemorySwarms:
             member.gained = now
             for chunk in request.gained:
                 self._gain(state, me, member, chunk)
+                if state.claims.get(chunk, ("", 0.0))[0] == me.id:
+                    del state.claims[chunk]
         for chunk, _ in here_no_more:
             self._unlearn(state, chunk)
         for chunk, digest in request.digests.items():
@@ -285,7 +287,6 @@ class MemorySwarms:
             member.have[chunk] = 1
             state.counts[chunk] += 1
             state.holders[chunk].setdefault(member.peer.zone, []).append(me.id)
-        state.claims.pop(chunk, None)
 
     def _lose(self, state: _Swarm, node: str, chunk: int) -> None:
         self._clear(state, node, chunk)

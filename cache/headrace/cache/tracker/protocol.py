@@ -59,7 +59,7 @@ class Exchange:
     """What a node says and asks, in one batch.
 
     Attributes:
-        gained: chunks that are now here, verified.
+        gained: chunks that are now here, verified. Their claims, if this node had any, end.
         lost: chunks that are here no more.
         digests: of gained chunks, where no publisher gave them. The first one said of a chunk stays for as long
             as anybody holds it.

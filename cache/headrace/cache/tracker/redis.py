@@ -108,6 +108,7 @@ class RedisTracker:
         self._token = chance.token_hex(8)
         self._known_as = ""
         self._views: dict[Swarm, _View] = {}
+        self._claims: dict[Swarm, set[int]] = {}
 
     # Members
 
@@ -189,6 +190,8 @@ class RedisTracker:
             await self._as_member(swarm, "announce", args.copy)
 
     async def leave(self, swarm: Swarm) -> None:
+        self._claims.pop(swarm, None)
+        self._views.pop(swarm, None)
         try:
             while await self._drop(swarm, self._me.id, may_live=True) == b"more":
                 pass
@@ -204,13 +207,20 @@ class RedisTracker:
         while len(gained) > BATCH:
             await self._exchange(swarm, Exchange(gained=gained[:BATCH]))
             gained = gained[BATCH:]
-        request = replace(request, gained=gained)
+        mine = self._claims.setdefault(swarm, set())
+        mine.update(request.keep)
+        # What was claimed and has come needs its claim no more.
+        done = mine.intersection(request.gained)
+        request = replace(request, gained=gained, give_back=[*request.give_back, *done])
         view, rows = await self._exchange(swarm, request)
         if own := [chunk for chunk, start, row in _held(request.wanted, rows) if row & _own(start, rows)]:
             # The tracker believed that the node held what it wants.
             again = Exchange(lost=own, wanted=request.wanted, claims=request.claims)
             view, rows = await self._exchange(swarm, again)
-        return await self._answer(swarm, view, request.wanted, rows)
+        answer = await self._answer(swarm, view, request.wanted, rows)
+        mine.difference_update(request.give_back)
+        mine.update(answer.claimed)
+        return answer
 
     async def look(self, swarm: Swarm, chunks: Sequence[int]) -> Answer:
         _check(swarm, chunks)

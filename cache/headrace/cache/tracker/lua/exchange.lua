@@ -33,17 +33,12 @@ if n > 0 then
 end
 if learned == 1 then unlearn(rows, digests, stride, chunks, gained + 1, gained + lost + missing) end
 
--- Claims end with a gain, and when they are given back; those still needed are kept, or made again.
+-- Claims end when they are given back; those still needed are kept, or made again.
 local at = gained + lost + missing
 for i = at + 1, at + freed do
   local name = format('%d', chunks[i])
   local claim = call('HGET', claims, name)
   if claim and sub(claim, 15) == me then call('HDEL', claims, name) end
-end
-if gained > 0 then
-  local names = {}
-  for i = 1, gained do names[i] = format('%d', chunks[i]) end
-  call('HDEL', claims, unpack(names))
 end
 local function free(claim)  -- or one's own
   return not claim or sub(claim, 15) == me or tonumber(sub(claim, 1, 13)) <= now()
@@ -72,31 +67,32 @@ end
 
 -- Answers: holders where there are any, else the claim while some are asked for, else who is reading.
 at = at + kept
-local kinds = {}
-for i = 1, wanted do kinds[i] = 'h' end
 local found, parts, absent = read(rows, stride, chunks, at + 1, at + wanted, seed)
+local kinds = string.rep('h', wanted)
 if #absent > 0 then
-  local names = {}
+  local kind, names = {}, {}
+  for i = 1, wanted do kind[i] = 'h' end
   for i, place in ipairs(absent) do names[i] = format('%d', chunks[place]) end
   local claim = call('HMGET', claims, unpack(names))
   for i, place in ipairs(absent) do
-    local kind = '-'
     if not free(claim[i]) then
-      kind = 'r'
+      kind[place - at] = 'r'
     elseif budget > 0 then
       budget = budget - 1
       take(names[i])
-      kind = 'c'
+      kind[place - at] = 'c'
+    else
+      kind[place - at] = '-'
     end
-    kinds[place - at] = kind
   end
+  kinds = table.concat(kind)
 end
 if kept > 0 or #absent > 0 then call('PEXPIRE', claims, lifetime) end
 if stamp == 1 then call('HSET', nodes, 't:' .. me, format('%d', now())) end
 if renew == 1 then
   for i = 1, 4 do call('PEXPIRE', KEYS[i], lifetime) end
 end
-local answer = {'.', struct.pack('>I4I4I4I4', stride, epoch, blocks, slot), table.concat(kinds), found, parts}
+local answer = {'.', struct.pack('>I4I4I4I4', stride, epoch, blocks, slot), kinds, found, parts}
 if learned == 1 and wanted > 0 then
   local names = {}
   for i = 1, wanted do names[i] = format('%d', chunks[at + i]) end

@@ -25,18 +25,22 @@ end
 -- rows), and a table of the places of chunks that nobody holds.
 local function read(rows, stride, chunks, from, to, seed)
   local size = stride / 8
-  local found, parts, absent = {}, {}, {}
+  local found, n, parts, absent = {}, 0, {}, {}
+  local width = math.min(size, LONGEST)
   for i = from, to do
     local row, part
     if size <= LONGEST then
-      row = row_of(rows, size, chunks[i])
+      local start = chunks[i] * size
+      row = call('GETRANGE', rows, format('%d', start), format('%d', start + size - 1))
       if not find(row, '[^%z]') then row = nil end
     else
       row, part = part_of(rows, size, chunks[i], (seed + i * 40503) % (size / LONGEST))
       if row then parts[#parts + 1] = string.char(part) end
     end
     if row then
-      found[#found + 1] = row .. string.rep('\0', math.min(size, LONGEST) - #row)
+      n = n + 1
+      if #row < width then row = row .. string.rep('\0', width - #row) end
+      found[n] = row
     else
       absent[#absent + 1] = i
     end
@@ -45,6 +49,9 @@ local function read(rows, stride, chunks, from, to, seed)
 end
 
 local function numbers(packed, total)
+  if total <= 200 then
+    return {struct.unpack('>' .. string.rep('I4', total), packed)}
+  end
   local all = {}
   for first = 1, total, 200 do  -- how many values one call may return is limited
     local some = math.min(200, total - first + 1)
