@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import inf
-from typing import Any
+from random import Random
+from typing import Any, Protocol, TypeVar
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 from support.scheduled import FAR, ME, NEAR, finish
 
 from headrace.cache.policy.fetch import Fetch, Outcome
@@ -17,47 +20,43 @@ from headrace.cache.tracker.protocol import MAX_WANTED, Answer, Exchange, Peer
 
 PEERS = {peer.id: peer for peer in (*NEAR[:2], *FAR[:2])}
 CHUNKS = 16
+T = TypeVar("T")
+GROUPS = [
+    ("near-0",),
+    ("near-1",),
+    ("far-0",),
+    ("near-0", "near-1"),
+    ("near-1", "far-1"),
+    tuple(sorted(PEERS)),
+]
 BAD = [Outcome.BUSY, Outcome.MISSING, Outcome.CORRUPT, Outcome.FAILED, Outcome.CANCELLED]
 
 
-class Run(RuleBasedStateMachine):
-    """One node's scheduler beside what it may know."""
+class Choose(Protocol):
+    """One of several, by chance."""
 
-    @initialize(
-        seed=st.integers(0, 100),
-        window=st.sampled_from([0.05, 0.2, 1.0]),
-        least=st.integers(1, 6),
-        downloads=st.integers(1, 6),
-        per_peer=st.integers(1, 3),
-        claims=st.integers(1, 4),
-        demand=st.booleans(),
-        plan=st.lists(st.integers(0, CHUNKS - 1), unique=True, max_size=CHUNKS) | st.none(),
-    )
-    def begin(
-        self,
-        seed: int,
-        window: float,
-        least: int,
-        downloads: int,
-        per_peer: int,
-        claims: int,
-        demand: bool,
-        plan: list[int] | None,
-    ) -> None:
+    def __call__(self, options: Sequence[T], /) -> T: ...
+
+
+class Driven:
+    """One node's scheduler beside what it may know; `Choose` decides what happens."""
+
+    def __init__(self, choose: Choose) -> None:
+        plans = [None, None, list(range(CHUNKS - 1, -1, -1)), [3, 1, 4, 15, 9, 2, 6], [7], []]
+        plan: list[int] | None = choose(plans)
         self.limits = Limits(
-            window=window,
-            least_window=least,
-            downloads=downloads,
-            per_peer=per_peer,
-            first_claims=1,
-            claims=claims,
-            demand=demand,
+            window=choose([0.05, 0.2, 1.0]),
+            least_window=choose([1, 3, 6]),
+            downloads=choose([1, 2, 6]),
+            per_peer=choose([1, 2, 3]),
+            claims=choose([1, 4]),
+            demand=choose([False, True]),
             # Without second tries nothing but its start moves the window, and that is compared.
             held_up=inf,
         )
         self.sizes = [1000 + 10 * chunk for chunk in range(CHUNKS)]
         self.plan = list(range(CHUNKS)) if plan is None else plan
-        self.one = Scheduler(sizes=self.sizes, order=plan, me=ME, seed=seed, limits=self.limits)
+        self.one = Scheduler(sizes=self.sizes, order=plan, me=ME, seed=choose(range(100)), limits=self.limits)
         self.now = 0.0
         self.asking: Exchange | None = None
         self.flying: dict[int, Fetch] = {}
@@ -84,21 +83,40 @@ class Run(RuleBasedStateMachine):
             end += 1
         self.edge = max(self.edge, end)
 
-    @rule(seconds=st.sampled_from([0.0, 0.001, 0.05, 0.5, 3.0, 100.0]))
-    def wait(self, seconds: float) -> None:
-        self.now += seconds
+    def act(self, choose: Choose) -> None:
+        """One thing happens, and the driver of the policy does what is to be done then."""
+        choose(
+            [
+                self.wait,
+                self.wait_as_told,
+                self.ask,
+                self.converse,
+                self.converse,
+                self.answer,
+                self.lose_the_tracker,
+                self.end,
+                self.end,
+                self.end,
+                self.come_by_another_way,
+                self.take_back,
+                self.take,
+                self.free,
+                self.want,
+            ]
+        )(choose)
         self.start()
+        self.check()
 
-    @rule()
-    def wait_as_told(self) -> None:
+    def wait(self, choose: Choose) -> None:
+        self.now += choose([0.0, 0.001, 0.05, 0.5, 3.0, 100.0])
+
+    def wait_as_told(self, choose: Choose) -> None:
         at = self.one.wake(self.now)
         assert at >= self.now
         if at < inf:
             self.now = at
-        self.start()
 
-    @rule()
-    def ask(self) -> None:
+    def ask(self, choose: Choose) -> None:
         request = self.one.ask(self.now)
         if request is None:
             return
@@ -111,36 +129,31 @@ class Run(RuleBasedStateMachine):
             assert set(request.wanted) <= open_now
         assert set(request.gained) <= self.here
         assert not set(request.lost) & self.here
-        assert not set(request.gained) & self.told
         assert request.claims <= self.limits.claims
         assert all(fetch.chunk in request.keep for fetch in self.flying.values() if fetch.peer is None) or (
             not request.keep
         )
         self.asking = request
 
-    @rule(data=st.data())
-    def converse(self, data: st.DataObject) -> None:
+    def converse(self, choose: Choose) -> None:
         """What happens most: a question and its answer, when it is time."""
         if self.asking is None:
-            self.wait_as_told()
-            self.ask()
+            self.wait_as_told(choose)
+            self.ask(choose)
         if self.asking is not None:
-            self.answer(data)
+            self.answer(choose)
 
-    @precondition(lambda self: self.asking is not None)
-    @rule(data=st.data())
-    def answer(self, data: st.DataObject) -> None:
+    def answer(self, choose: Choose) -> None:
         request = self.asking
-        assert request is not None
+        if request is None:
+            return
         holders: dict[int, tuple[Peer, ...]] = {}
         claimed: list[int] = []
         reading: list[int] = []
         for chunk in request.wanted:
-            kind = data.draw(st.sampled_from(["held", "held", "claimed", "reading", "nothing"]))
+            kind = choose(["held", "held", "held", "claimed", "reading", "nothing"])
             if kind == "held":
-                names = data.draw(
-                    st.lists(st.sampled_from(sorted(PEERS)), min_size=1, max_size=4, unique=True)
-                )
+                names = choose(GROUPS)
                 # Another object each time, as over a network.
                 holders[chunk] = tuple(Peer(name, PEERS[name].address, PEERS[name].zone) for name in names)
                 self.named.setdefault(chunk, set()).update(names)
@@ -154,12 +167,10 @@ class Run(RuleBasedStateMachine):
         self.told.difference_update(request.lost)
         self.asking = None
         self.one.answered(request, Answer(holders, tuple(claimed), tuple(reading), counts), self.now)
-        self.start()
 
-    @precondition(lambda self: self.asking is not None)
-    @rule()
-    def lose_the_tracker(self) -> None:
-        assert self.asking is not None
+    def lose_the_tracker(self, choose: Choose) -> None:
+        if self.asking is None:
+            return
         self.one.unanswered(self.asking, self.now)
         self.told.difference_update(self.asking.gained)
         self.asking = None
@@ -189,10 +200,11 @@ class Run(RuleBasedStateMachine):
                 assert chunk in self.plan[: self.edge] or chunk in self.wanted
             self.flying[fetch.number] = fetch
 
-    @precondition(lambda self: self.flying)
-    @rule(data=st.data(), outcome=st.sampled_from([Outcome.DONE] * 4 + BAD), queue=st.integers(0, 8))
-    def end(self, data: st.DataObject, outcome: Outcome, queue: int) -> None:
-        fetch = self.flying.pop(data.draw(st.sampled_from(sorted(self.flying))))
+    def end(self, choose: Choose) -> None:
+        if not self.flying:
+            return
+        outcome = choose([Outcome.DONE] * 4 + BAD)
+        fetch = self.flying.pop(choose(sorted(self.flying)))
         if fetch.peer is not None:
             if outcome in (Outcome.MISSING, Outcome.CORRUPT):
                 self.denied.add((fetch.chunk, fetch.peer.id))
@@ -202,13 +214,12 @@ class Run(RuleBasedStateMachine):
             outcome = Outcome.FAILED
         if outcome is Outcome.DONE:
             self.arrive(fetch.chunk)
-        losers = self.one.finished(fetch, outcome, self.now, queue)
+        losers = self.one.finished(fetch, outcome, self.now, choose(range(8)))
         assert all(loser.chunk == fetch.chunk for loser in losers)
         assert outcome is Outcome.DONE or not losers
         for loser in losers:
             del self.flying[loser.number]
             self.one.finished(loser, Outcome.CANCELLED, self.now)
-        self.start()
 
     def arrive(self, chunk: int) -> None:
         self.here.add(chunk)
@@ -216,68 +227,88 @@ class Run(RuleBasedStateMachine):
         self.wanted.discard(chunk)
         self.look()
 
-    @rule(chunk=st.integers(0, CHUNKS - 1))
-    def come_by_another_way(self, chunk: int) -> None:
+    def come_by_another_way(self, choose: Choose) -> None:
+        chunk = choose(range(CHUNKS))
         self.arrive(chunk)
         self.one.present([chunk], self.now)
 
-    @precondition(lambda self: self.here)
-    @rule(data=st.data())
-    def take_back(self, data: st.DataObject) -> None:
-        chunk = data.draw(st.sampled_from(sorted(self.here)))
+    def take_back(self, choose: Choose) -> None:
+        if not self.here:
+            return
+        chunk = choose(sorted(self.here))
         if any(fetch.chunk == chunk for fetch in self.flying.values()):
             return
         self.here.remove(chunk)
         self.told.discard(chunk)
         self.one.absent([chunk], self.now)
 
-    @rule(chunk=st.integers(0, CHUNKS - 1))
-    def take(self, chunk: int) -> None:
+    def take(self, choose: Choose) -> None:
+        chunk = choose(range(CHUNKS))
         if chunk in self.here or any(fetch.chunk == chunk for fetch in self.flying.values()):
             return
         self.taken.add(chunk)
         self.one.taken([chunk], self.now)
 
-    @precondition(lambda self: self.taken)
-    @rule(data=st.data())
-    def free(self, data: st.DataObject) -> None:
-        chunk = data.draw(st.sampled_from(sorted(self.taken)))
+    def free(self, choose: Choose) -> None:
+        if not self.taken:
+            return
+        chunk = choose(sorted(self.taken))
         self.taken.remove(chunk)
         self.one.absent([chunk], self.now)
 
-    @rule(chunks=st.lists(st.integers(0, CHUNKS - 1), max_size=3))
-    def want(self, chunks: list[int]) -> None:
+    def want(self, choose: Choose) -> None:
+        chunks = [choose(range(CHUNKS))]
         self.wanted.update(set(chunks) - self.here)
         self.one.want(chunks)
 
-    @invariant()
-    def limits_hold(self) -> None:
-        flying = list(self.flying.values()) if hasattr(self, "flying") else []
+    def check(self) -> None:
+        flying = list(self.flying.values())
         second = sum(fetch.hedges is not None for fetch in flying)
         peers = [fetch.peer.id for fetch in flying if fetch.peer is not None]
-        if not flying:
-            return
         assert second <= max(1, self.limits.downloads // 4)
         assert len(peers) <= self.limits.downloads + second
         assert all(peers.count(peer) <= self.limits.per_peer for peer in peers)
         assert sum(fetch.peer is None for fetch in flying) <= self.limits.claims
+        assert self.one.complete == (not (set(self.plan) | self.wanted) - self.here)
+        assert not self.one.done or self.one.complete
+        assert not self.one.done or self.here <= self.told
 
-    @invariant()
-    def complete_means_complete(self) -> None:
-        if hasattr(self, "one"):
-            assert self.one.complete == (not (set(self.plan) | self.wanted) - self.here)
-            assert not self.one.done or self.one.complete
-            if self.one.done:
-                assert set(self.here) <= self.told
-
-    def teardown(self) -> None:
-        if not hasattr(self, "one"):
-            return
+    def finish(self) -> None:
+        """From here on all goes well, and it ends."""
         if self.asking is not None:
             self.one.unanswered(self.asking, self.now)
         self.one.absent(self.taken, self.now)
         finish(self.one, self.now, self.flying.values())
 
 
+class Run(RuleBasedStateMachine):
+    """What happens as hypothesis chooses, for examples that are as short as can be."""
+
+    driven: Driven | None = None
+
+    @initialize(data=st.data())
+    def begin(self, data: st.DataObject) -> None:
+        self.driven = Driven(lambda options: data.draw(st.sampled_from(options)))
+
+    @rule(data=st.data())
+    def act(self, data: st.DataObject) -> None:
+        assert self.driven is not None
+        self.driven.act(lambda options: data.draw(st.sampled_from(options)))
+
+    def teardown(self) -> None:
+        if self.driven is not None:
+            self.driven.finish()
+
+
 TestRun: Any = Run.TestCase
-TestRun.settings = settings(max_examples=120, stateful_step_count=60, deadline=None)
+TestRun.settings = settings(max_examples=50, stateful_step_count=40, deadline=None)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_long_runs(seed: int) -> None:
+    """What happens by chance, for much longer."""
+    choose = Random(seed).choice
+    driven = Driven(choose)
+    for _ in range(400):
+        driven.act(choose)
+    driven.finish()
