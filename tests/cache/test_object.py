@@ -46,6 +46,14 @@ def fill(writer: ObjectWriter, first: int, last: int) -> None:
     writer.release(first, last)
 
 
+def test_room_is_not_reserved_again_for_what_is_all_there(writer: ObjectWriter) -> None:
+    # A loader that began when every chunk was there takes a new time of change for other bytes.
+    fill(writer, 0, COUNT)
+    os.utime(writer.folder.partial, ns=(0, 0))
+    writer.allocate()
+    assert writer.folder.partial.stat().st_mtime_ns == 0
+
+
 def test_a_claim_excludes_other_stagers_until_it_is_released(
     folder: ObjectFolder, writer: ObjectWriter
 ) -> None:
