@@ -53,8 +53,9 @@ $(TOOLS_DONE): Makefile
 demo: $(PACKAGES_DONE) ## The main job on an embedded object store: publish, stage, load, compare
 	@$(BIN)/headrace demo $(if $(SMOKE),--smoke)
 
+# Many tests wait for a server or a timeout: two processes, each with whole files.
 test: setup ## The whole test suite
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 $(ENGINES_DONE): tests/engines/vllm-requirements.txt tests/engines/vllm-constraints.txt pyproject.toml Makefile
 	@test -x $(ENGINES_VENV)/bin/python || $(PYTHON) -m venv $(ENGINES_VENV)

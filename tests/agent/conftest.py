@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from support.agents import RunningAgent
@@ -22,9 +23,10 @@ def headrace(tmp_path: Path) -> Command:
 
 
 @pytest.fixture
-def agent(headrace: Command, tmp_path: Path) -> Iterator[RunningAgent]:
+def agent(headrace: Command) -> Iterator[RunningAgent]:
     """A running agent; a test may stop, kill and start it again."""
-    with RunningAgent(headrace, tmp_path / "agent") as running:
+    # A socket's path has to be short, and a test's own folder may have a long name.
+    with TemporaryDirectory(prefix="headrace-") as folder, RunningAgent(headrace, Path(folder)) as running:
         yield running
 
 
