@@ -126,6 +126,7 @@ def _notes(stats: Any, device: str) -> dict[str, Any]:
         "read_path": stats.read_path,
         "explain": list(stats.explain),
         "outside": _outside(stats),
+        "outside_trace": stats.outside,
         "trace": {span.name: round(span.seconds, 4) for span in stats.trace},
     }
 
@@ -135,9 +136,11 @@ _READING = ("read", "populate", "direct", "wait", "copy", "verify")
 
 def _outside(stats: Any) -> float:
     """Seconds outside read calls, at most: as if all threads that read had always read at the same time."""
-    from headrace.loader.transfer import default_threads
+    from headrace.loader.memory import cores
+    from headrace.loader.transfer import DEFAULT_THREADS
 
-    threads = default_threads()
+    # What is mapped here is in the page cache.
+    threads = cores() if stats.read_path == "mapped" else DEFAULT_THREADS
     reading = sum(span.seconds for span in stats.trace if span.name in _READING)
     return float(stats.seconds - reading / threads)
 

@@ -67,7 +67,7 @@ def test_what_is_in_the_page_cache_is_mapped_in_larger_blocks(
     assert len(filled) == 1
 
 
-@pytest.mark.parametrize(("read_path", "started"), [("mapped", 2), ("buffered", 5)])
+@pytest.mark.parametrize(("read_path", "started"), [("mapped", 2), ("buffered", 2), ("direct", 5)])
 def test_only_as_many_threads_read_as_are_of_use(
     read_path: ReadPath, started: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

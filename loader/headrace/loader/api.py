@@ -31,7 +31,7 @@ from headrace.loader.sinks.device import Device, Ring
 from headrace.loader.slices import SlicePlan
 from headrace.loader.source import DirectorySource, Source, SourceFile
 from headrace.loader.trace import Span, Trace
-from headrace.loader.transfer import Transfer, default_threads
+from headrace.loader.transfer import DEFAULT_THREADS, Transfer
 from headrace.loader.verify import VerifyMode, check_verify, reading
 
 MAX_AHEAD = 1 << 30
@@ -142,7 +142,7 @@ def load(
             store has digests; what is being staged is verified before it can be read, in any case.
         group: the processes that load the same model at the same time, each calling this. Those of one node
             read each byte once for all of them, and succeed together or fail together (see `Ranks`).
-        threads: that read; by default one per core, 4 to 8.
+        threads: that read, at most; by default 8. Where nothing is waited for, no more than cores.
         root, domain, progress: for staging a model reference.
 
     Tensors whose dtype torch lacks come as their bytes: uint8, one-dimensional.
@@ -294,7 +294,7 @@ def _stats(source: Source, opening: Opening, trace: Trace) -> LoadStats:
 
 def _threads(threads: int | None) -> int:
     if threads is None:
-        return default_threads()
+        return DEFAULT_THREADS
     if threads < 1:
         raise UsageError(f"threads must be at least 1, not {threads}")
     return threads

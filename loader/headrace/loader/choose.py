@@ -52,17 +52,19 @@ class Choice:
         why: part of a sentence.
         fetch: brings the bytes into memory of our own; None: the file is mapped.
         absent: of a mapped file, that not all of it is in the page cache: the pace of its device.
+        present: of a file that is read, that all of it is in the page cache.
     """
 
     why: str
     fetch: Fetch | None = None
     absent: Pace | None = None
+    present: bool = False
 
     def reader(self, file: SourceFile, plan: FilePlan) -> FileReader:
         """For tensors on the host."""
         if self.fetch is None:
             return MappedReader(file, plan, absent=self.absent)
-        return PrivateReader(file, plan, self.fetch)
+        return PrivateReader(file, plan, self.fetch, copies=self.present)
 
 
 def check_read_path(read_path: str) -> None:
@@ -95,7 +97,7 @@ def choose(
     if read_path == "mapped" and mappable:
         return Choice("as asked", absent=pace() if _is_partly_absent(file, plan) else None)
     if read_path in ("buffered", "mapped"):
-        return Choice("as asked", BufferedFetch(file))
+        return Choice("as asked", BufferedFetch(file), present=not _is_partly_absent(file, plan))
     if read_path == "direct":
         return _direct(file, pace())
     if mappable and free is not None and total > SPARE * free:
@@ -136,7 +138,7 @@ def _measured(file: SourceFile, plan: FilePlan, pace: Pace, mappable: bool) -> C
     if mappable and part is not None and _mapping_is_faster(part, pace):
         return Choice(found, absent=pace if part < 1.0 else None)
     if part == 1.0:
-        return Choice(found, BufferedFetch(file))
+        return Choice(found, BufferedFetch(file), present=True)
     try:
         cold = part is not None and part <= _COLD
         return Choice(found, AdaptiveFetch(file, DirectFetch(file), pace, cold=cold))

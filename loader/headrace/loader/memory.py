@@ -166,6 +166,11 @@ def _resident_by_mincore(descriptor: int, start: int, pages: int) -> float | Non
     return None if failed else sum(answer & 1 for answer in bytes(answers)) / pages
 
 
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
 def available() -> int | None:
     """Bytes that can be allocated before something must give: the machine's and this control group's limit,
     whichever is less; None where neither is known."""

@@ -26,10 +26,9 @@ POLL = 0.02
 _SCAN = 256  # blocks that one look asks about, at the front and from a cursor that wanders through the rest
 
 
-def default_threads() -> int:
-    """How many threads read: one per core, 4 to 8. Waiting for a disk takes no core, and two requests at a time
-    do not keep every disk busy."""
-    return max(4, min(8, len(os.sched_getaffinity(0))))
+DEFAULT_THREADS = 8
+"""How many threads read, at most. Waiting for a disk takes no core, and four requests at a time do not keep every disk
+busy; where nothing is waited for, fewer are of use (`FileReader.threads`)."""
 
 
 @dataclass(slots=True, eq=False)

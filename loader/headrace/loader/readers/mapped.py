@@ -21,7 +21,7 @@ from typing import ClassVar
 
 import torch
 
-from headrace.loader.memory import as_bytes, map_file, populate, resident
+from headrace.loader.memory import as_bytes, cores, map_file, populate, resident
 from headrace.loader.pace import Pace
 from headrace.loader.plan import Block, FilePlan, Placed
 from headrace.loader.readers.fetch import read_into
@@ -51,7 +51,7 @@ class MappedReader(FileReader):
         self._absent = absent
         if file.complete and absent is None:
             self.block_size = _PRESENT_BLOCK
-            self.threads = len(os.sched_getaffinity(0))  # nothing is waited for
+            self.threads = cores()  # nothing is waited for
         mapping = map_file(file.fileno(), file.size, file.path)
         self._mapping: torch.Tensor | None = torch.frombuffer(mapping, dtype=torch.uint8)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from headrace.loader.memory import whole_pages
+from headrace.loader.memory import cores, whole_pages
 from headrace.loader.plan import PAGE, Block, FilePlan
 from headrace.loader.readers.fetch import Fetch
 from headrace.loader.readers.reader import FileReader
@@ -20,9 +20,15 @@ class PrivateReader(FileReader):
 
     span: ClassVar[str] = "read"
 
-    def __init__(self, file: SourceFile, plan: FilePlan, fetch: Fetch) -> None:
+    def __init__(self, file: SourceFile, plan: FilePlan, fetch: Fetch, *, copies: bool = False) -> None:
+        """
+        Args:
+            copies: all of it is in the page cache, so that more threads than cores would only hinder each other.
+        """
         super().__init__(file, plan)
         self._fetch = fetch
+        if copies:
+            self.threads = cores()
 
     @property
     def name(self) -> str:
