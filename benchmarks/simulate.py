@@ -22,6 +22,8 @@ from benchmarks.simulator.record import Recorder
 from benchmarks.simulator.result import Result, draw
 from benchmarks.simulator.world import World
 
+from headrace.cache.errors import UsageError
+
 GROWTH = (10, 30, 100, 300, 1000, 3000, 10000)
 CHUNKS = 8_400_000
 """Chunks that all nodes of one run of `--growth` get together, at most: larger clusters have fewer each."""
@@ -45,7 +47,11 @@ def growth(case: Case, nodes: int) -> Case:
 
 def main() -> int:
     args = _arguments()
-    case = _case(args)
+    try:
+        case = _case(args)
+    except UsageError as error:
+        sys.stderr.write(f"headrace simulate: {error}\n")
+        return error.exit_code
     if args.smoke:
         case = replace(case, nodes=min(case.nodes, 16), model=min(case.model, 64 * case.chunk))
     results: list[Result] = []

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import ceil, inf
 
+from headrace.cache.errors import UsageError
 from headrace.cache.policy.limits import Limits
 
 GBIT = 1e9 / 8
@@ -14,7 +15,7 @@ MIB = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One run. Bytes, seconds, and bytes a second.
+    """One run. Bytes, seconds, and bytes a second. Raises UsageError for what cannot be simulated.
 
     Attributes:
         nodes: that stage the model.
@@ -70,6 +71,31 @@ class Case:
     seed: int = 1
     exact: bool | None = None
     limits: Limits = field(default_factory=Limits)
+
+    def __post_init__(self) -> None:
+        for name in (
+            "nodes",
+            "model",
+            "chunk",
+            "up",
+            "down",
+            "origin",
+            "connection",
+            "slow_rate",
+            "zones",
+            "zone_rate",
+            "slots",
+        ):
+            if not getattr(self, name) > 0:
+                raise UsageError(f"{name} = {getattr(self, name):g}: give more than 0.")
+        if not 0 <= self.warm <= 1:
+            raise UsageError(f"warm = {self.warm:g} is no share of the nodes: give 0 to 1.")
+        if self.tensors and sum(self.tensors) != self.model:
+            raise UsageError(f"the tensors have {sum(self.tensors)} bytes together, the model {self.model}.")
+        if self.slow < 0 or self.deaths < 0 or self.slow + self.deaths > self.cold:
+            raise UsageError(
+                f"{self.slow} slow nodes and {self.deaths} deaths do not fit: {self.cold} nodes have to get the model."
+            )
 
     def sizes(self) -> list[int]:
         """Bytes of each chunk."""

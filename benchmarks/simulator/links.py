@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from heapq import heappop, heappush
-from math import inf
 from typing import Protocol
 
 from headrace.cache.policy.fetch import Fetch

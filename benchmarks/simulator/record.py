@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from benchmarks.simulator.case import Case
+
 from headrace.cache.tracker.protocol import Exchange
 
 

@@ -114,7 +114,8 @@ class Result:
         lines = [
             f"{case.nodes} nodes, {case.model / 1e9:g} GB in {figures['chunks']} chunks, "
             f"{case.deaths} deaths, {case.slow} slow, {case.nodes - case.cold} warm",
-            f"  completion   median {seconds['median']:.2f} s, p99 {seconds['p99']:.2f} s, last {seconds['last']:.2f} s",
+            f"  completion   median {seconds['median']:.2f} s, p99 {seconds['p99']:.2f} s, "
+            f"last {seconds['last']:.2f} s",
         ]
         if ratio["p99"] is not None:
             lines.append(
@@ -128,8 +129,10 @@ class Result:
         lines += [
             f"  origin       {self.origin:.4f} models; cross-zone {self.far / 1e9:.2f} GB",
             f"  tracker      {figures['tracker_calls']} calls ({figures['calls_per_second']:.0f} a second), "
-            f"{figures['chunks_per_call']:.1f} chunks gained in each, {figures['questions_per_chunk']:.2f} questions a chunk",
-            f"  transfers    {figures['busy']} found a peer busy, {figures['failed']} failed, {figures['hedges']} second tries",
+            f"{figures['chunks_per_call']:.1f} chunks gained in each, "
+            f"{figures['questions_per_chunk']:.2f} questions a chunk",
+            f"  transfers    {figures['busy']} found a peer busy, {figures['failed']} failed, "
+            f"{figures['hedges']} second tries",
             f"  completeness at least {self.curve:.3f} f in complete tensors for f >= 0.25",
             f"  worked out   in {self.cpu:.1f} s of CPU",
         ]

@@ -12,6 +12,7 @@ from random import Random
 from benchmarks.simulator.case import Case, llama
 from benchmarks.simulator.curve import Curve, Tensors
 from benchmarks.simulator.links import Link, Network, Queued, Shared, Transfer
+
 from headrace.cache.policy.fetch import Fetch, Outcome
 from headrace.cache.policy.scheduler import Scheduler
 from headrace.cache.tracker.memory import MemorySwarms
@@ -285,7 +286,7 @@ class World:
         if transfer.over:
             return
         transfer.over = True
-        case, counts, fetch, size = self.case, self.counts, transfer.fetch, transfer.size
+        counts, fetch, size = self.counts, transfer.fetch, transfer.size
         node = self.nodes[transfer.to]
         del node.flying[fetch.number]
         queue = 0

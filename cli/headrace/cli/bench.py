@@ -31,7 +31,7 @@ class BenchmarkFailed(click.exceptions.Exit):
 @shared
 def command(call: Invocation, name: str | None, arguments: tuple[str, ...], names: bool) -> None:
     """Run a benchmark of the source checkout; what follows NAME goes to it. Without NAME: list them."""
-    folder = _folder()
+    folder = benchmarks()
     found = {
         path.stem: path.read_text()
         for path in sorted(folder.glob("*.py"))
@@ -44,10 +44,10 @@ def command(call: Invocation, name: str | None, arguments: tuple[str, ...], name
         return
     if name not in found:
         raise UsageError(f"there is no benchmark {name!r}: choose from {', '.join(found) or 'none'}.")
-    raise BenchmarkFailed(_run(folder / f"{name}.py", arguments))
+    raise BenchmarkFailed(run(folder / f"{name}.py", arguments))
 
 
-def _folder() -> Path:
+def benchmarks() -> Path:
     """`benchmarks/` of the checkout that this module lies in, or of the current folder.
 
     Raises:
@@ -67,7 +67,8 @@ def _purpose(text: str) -> str:
     return (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0]
 
 
-def _run(script: Path, arguments: tuple[str, ...]) -> int:
+def run(script: Path, arguments: tuple[str, ...]) -> int:
+    """Run a program of the checkout with this Python; its exit code."""
     # Benchmarks share the tests' servers.
     paths = [str(script.parents[1] / "tests"), str(script.parent), os.environ.get("PYTHONPATH", "")]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in paths if p)}

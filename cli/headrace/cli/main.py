@@ -36,6 +36,7 @@ COMMANDS = {
     "status": "status",
     "explain": "explain",
     "bench": "bench",
+    "simulate": "simulate",
     "completion": "completion",
 }
 BUG = 70
