@@ -290,11 +290,11 @@ def test_the_same_snapshot_cut_differently_is_another_swarm(settings: TrackerSet
 
 def test_rows_grow_with_the_nodes(settings: TrackerSettings) -> None:
     async def work(nodes: Nodes) -> None:
-        some = [nodes.add(f"n{i:03}") for i in range(130)]
+        some = [nodes.add(f"n{i:03}") for i in range(70)]
         for i, node in enumerate(some):
             await node.exchange(SWARM, Exchange(gained=[i % 10, 99]))
         answer = await nodes.add("watcher").look(SWARM, range(100))
-        assert answer.counts == {c: 13 if c < 10 else 130 if c == 99 else 0 for c in range(100)}
+        assert answer.counts == {c: 7 if c < 10 else 70 if c == 99 else 0 for c in range(100)}
         for chunk in range(10):
             assert {int(peer.id[1:]) % 10 for peer in answer.holders[chunk]} == {chunk}
 
@@ -358,6 +358,7 @@ def test_whatever_is_said_is_gone_after_its_time(settings: TrackerSettings) -> N
     short = replace(settings, lease=0.2, lifetime=1.0)
 
     async def work(nodes: Nodes) -> None:
+        seen: set[bytes] = set()
         with Beside(settings) as beside:
             for i in range(30):
                 node, swarm = nodes.add(f"n{i}"), Swarm(f"s{i % 7}", 20)
@@ -367,7 +368,8 @@ def test_whatever_is_said_is_gone_after_its_time(settings: TrackerSettings) -> N
                 await node.remember(f"value {i}", b"value", 0.5)
                 await node.add_kin(f"key {i % 3}", f"snapshot {i}")
                 assert await node.once(f"once {i}", 0.5, lambda: asyncio.sleep(0, b"found")) == b"found"
-            assert len(beside.names()) > 60
+                seen.update(beside.names())
+            assert len(seen) > 60
             kin = f"{settings.prefix}:kin:".encode()
             week = 7 * 86400 * 1000
             for key in beside.names():

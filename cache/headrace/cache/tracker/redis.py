@@ -208,7 +208,6 @@ class RedisTracker:
             await self._exchange(swarm, Exchange(gained=gained[:BATCH]))
             gained = gained[BATCH:]
         mine = self._claims.setdefault(swarm, set())
-        mine.update(request.keep)
         # What was claimed and has come needs its claim no more.
         done = mine.intersection(request.gained)
         request = replace(request, gained=gained, give_back=[*request.give_back, *done])
@@ -219,7 +218,7 @@ class RedisTracker:
             view, rows = await self._exchange(swarm, again)
         answer = await self._answer(swarm, view, request.wanted, rows)
         mine.difference_update(request.give_back)
-        mine.update(answer.claimed)
+        mine.update(request.keep, answer.claimed)
         return answer
 
     async def look(self, swarm: Swarm, chunks: Sequence[int]) -> Answer:
