@@ -43,7 +43,7 @@ class TrackerMachine(RuleBasedStateMachine):
 
     def restart(self) -> None:
         self.model = MemorySwarms(lease=1000, lifetime=1e9, settled=self.settled)
-        self.claims: dict[tuple[Swarm, int], str] = {}
+        self.dead: set[Peer] = set()  # nobody has cleared up after them yet
 
     def run(self, work: Any) -> Any:
         return self.runner.run(work)
@@ -54,11 +54,13 @@ class TrackerMachine(RuleBasedStateMachine):
     def register(self, peer: Peer) -> None:
         new = self.run(self.trackers[peer.id].register(peer, 1000.0))
         assert new == self.model.register(peer, 1000.0, 0.0)
+        self.dead.clear()
 
     @rule(peer=peers)
     def unregister(self, peer: Peer) -> None:
         self.run(self.trackers[peer.id].unregister())
         self.model.unregister(peer.id)
+        self.dead.discard(peer)
 
     @rule(
         peer=peers,
@@ -124,6 +126,7 @@ class TrackerMachine(RuleBasedStateMachine):
         if self.beside.client.delete(keys.node(peer.id)):
             self.beside.client.zadd(keys.deadlines, {peer.id: 1})
             self.model._nodes[peer.id].until = self.model._due = 0.0
+            self.dead.add(peer)
 
     @rule()
     def scripts_are_forgotten(self) -> None:
@@ -152,7 +155,10 @@ class TrackerMachine(RuleBasedStateMachine):
     @invariant()
     def members_are_the_same(self) -> None:
         if hasattr(self, "model"):
-            assert self.run(self.trackers["n0"].members()) == self.model.members(0.0)
+            members = self.run(self.trackers["n0"].members())
+            assert members == sorted(members, key=lambda peer: peer.id)
+            living = self.model.members(0.0)
+            assert set(living) <= set(members) <= {*living, *self.dead}
 
     def teardown(self) -> None:
         if not hasattr(self, "model"):

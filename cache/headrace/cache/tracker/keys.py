@@ -33,6 +33,7 @@ class Keys:
     `node:<id>`                   a node that lives: token, id, address, zone
     `swarms:<id>`                 set: swarms in which it has a column
     `deadlines`                   sorted set: until when each node lives
+    `members`                     another token whenever a node comes, changes or is cleared up after
     `clears:<id>`                 who clears up after a node that is gone
     `value:…`, `lock:…`, `kin:…`  what was found out, by whom it is being found out, snapshots of an address
     ============================  ====================================================================
@@ -51,6 +52,10 @@ class Keys:
     @property
     def deadlines(self) -> str:
         return f"{self.prefix}:deadlines"
+
+    @property
+    def members(self) -> str:
+        return f"{self.prefix}:members"
 
     def node(self, node: str) -> str:
         return f"{self.prefix}:node:{node}"

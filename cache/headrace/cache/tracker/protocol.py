@@ -132,7 +132,8 @@ class Tracker(Protocol):
         ...
 
     async def members(self) -> list[Peer]:
-        """All nodes that live, this one among them, in the order of their ids.
+        """All nodes that live, this one among them, in the order of their ids; also one that died just now and
+        that nobody has cleared up after yet.
 
         Raises:
             TrackerUnavailable: it cannot be reached.

@@ -107,6 +107,8 @@ class RedisTracker:
         self._random = random.Random(seed)
         self._token = chance.token_hex(8)
         self._known_as = ""
+        self._members: list[Peer] = []
+        self._members_as: bytes | None = None
         self._views: dict[Swarm, _View] = {}
         self._claims: dict[Swarm, set[int]] = {}
 
@@ -117,7 +119,7 @@ class RedisTracker:
         keys = self._keys
         answer = await self._link.run(
             script("register"),
-            [keys.node(peer.id), keys.deadlines, keys.swarms(peer.id)],
+            [keys.node(peer.id), keys.deadlines, keys.swarms(peer.id), keys.members],
             [
                 peer.id,
                 pack_peer(peer),
@@ -145,13 +147,16 @@ class RedisTracker:
         self._known_as = ""
 
     async def members(self) -> list[Peer]:
-        names = await self._link.command("ZRANGE", self._keys.deadlines, 0, -1)
-        keys = [self._keys.node(name.decode(errors="replace")) for name in names]
-        found = await self._link.command("MGET", *keys) if keys else []
-        return sorted(
-            (self._ours(unpack_peer, record.partition(b"\n")[2]) for record in found if record is not None),
-            key=lambda peer: peer.id,
-        )
+        token = await self._link.command("GET", self._keys.members)
+        if token is None or token != self._members_as:
+            names = await self._link.command("ZRANGE", self._keys.deadlines, 0, -1)
+            keys = [self._keys.node(name.decode(errors="replace")) for name in names]
+            found = await self._link.command("MGET", *keys) if keys else []
+            living = (record.partition(b"\n")[2] for record in found if record is not None)
+            self._members = [self._ours(unpack_peer, record) for record in living]
+            self._members.sort(key=lambda peer: peer.id)
+            self._members_as = token
+        return list(self._members)
 
     async def _clear(self, name: bytes, budget: int, *, may_live: bool) -> int:
         """Clear up after a node, in at most `budget` script calls. Returns how many it took."""
@@ -168,7 +173,9 @@ class RedisTracker:
             if state == b"alive":
                 return spent
         await self._link.commands(
-            ("ZREM", self._keys.deadlines, name), ("DEL", self._keys.swarms(node), self._keys.clears(node))
+            ("ZREM", self._keys.deadlines, name),
+            ("DEL", self._keys.swarms(node), self._keys.clears(node)),
+            ("SET", self._keys.members, chance.token_hex(8), "PX", self._lifetime),
         )
         return spent + 1
 
@@ -283,7 +290,7 @@ class RedisTracker:
         rows, nodes, _, _ = keys.swarm(swarm)
         answer = await self._link.run(
             script("join"),
-            [rows, nodes, keys.node(me.id), keys.swarms(me.id), keys.deadlines],
+            [rows, nodes, keys.node(me.id), keys.swarms(me.id), keys.deadlines, keys.members],
             [
                 me.id,
                 pack_peer(me),

@@ -1,5 +1,5 @@
 -- Give a node a column in a swarm. Rows grow when there is none free: twice as long, all of them copied.
--- KEYS: rows, nodes, the node's key, its set of swarms, deadlines.
+-- KEYS: rows, nodes, the node's key, its set of swarms, deadlines, the token of the list of members.
 -- ARGV: node id, record, zone, swarm's name, chunks, lifetime, lease, token, largest bitmap in bytes.
 local rows, nodes = KEYS[1], KEYS[2]
 local me, record, zone, lifetime, lease = ARGV[1], ARGV[2], ARGV[3], ARGV[6], tonumber(ARGV[7])
@@ -7,6 +7,7 @@ if call('EXISTS', KEYS[3]) == 0 then
   call('SET', KEYS[3], ARGV[8] .. '\n' .. record, 'PX', lease)
   call('ZADD', KEYS[5], milliseconds() + lease, me)
   call('PEXPIRE', KEYS[5], lifetime)
+  call('SET', KEYS[6], ARGV[8], 'PX', lifetime)
 end
 call('SADD', KEYS[4], ARGV[4])
 call('PEXPIRE', KEYS[4], lifetime)
