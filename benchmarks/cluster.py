@@ -41,6 +41,8 @@ from headrace.cache.publish import publish
 MB, MIB, MBIT = 1e6, 1 << 20, 1e6 / 8
 ORIGIN, NODE, SLOW = 800.0, 400.0, 50.0
 """Mbit/s."""
+AGE = "10m"
+"""For so long nodes that join believe what the cluster found out about a reference."""
 BODY, LAST, MOVED, AGREE = 1.02, 1.5, 0.07, 0.25
 """Claims: origin bytes per byte of the model, the last node's time per bound, bytes that a revision with 5 %
 changed moves, and how far simulation and cluster may be apart."""
@@ -133,12 +135,13 @@ class Bench:
         cluster: Cluster,
         model: Model,
         meanwhile: Callable[[], None] | None = None,
+        **how: Any,
     ) -> tuple[Run, list[Staged]]:
         """Stage on all members from now on, and compare every byte."""
         self.origin.reads()
         spent = sum(_spent(member) for member in members)
         used, start = _cpu(), time.monotonic()
-        futures = cluster.begin(model.reference, members)
+        futures = cluster.begin(model.reference, members, **how)
         if meanwhile is not None:
             meanwhile()
         found = ends(futures, patience=1200)
@@ -252,15 +255,15 @@ def later(
     """A node that joins later, and then a new revision: its first node, its second, one that has neither."""
     size = model.size
     print(f"\na node more than {nodes}, then a revision with {changed / size:.1%} of the bytes changed")
-    print(f"{'':34}{'seconds':>9}{'origin MB':>11}{'peers MB':>10}{'moved':>8}")
+    print(f"{'':40}{'seconds':>9}{'origin MB':>11}{'peers MB':>10}{'moved':>8}")
     report: dict[str, Any] = {"changed": changed}
 
-    def one(name: str, member: Member, cluster: Cluster, model: Model) -> tuple[float, float]:
-        run, found = bench.run(name, [member], cluster, model)
+    def one(name: str, member: Member, cluster: Cluster, model: Model, age: str = AGE) -> tuple[float, float]:
+        run, found = bench.run(name, [member], cluster, model, revalidate=age)
         sources = found[0].report.sources if found[0].report else {}
         moved = (run.origin + sources.get("peer", 0)) / size
         print(
-            f"{name:34}{run.last:>9.2f}{run.origin / MB:>11.2f}{sources.get('peer', 0) / MB:>10.2f}{moved:>8.3f}",
+            f"{name:40}{run.last:>9.2f}{run.origin / MB:>11.2f}{sources.get('peer', 0) / MB:>10.2f}{moved:>8.3f}",
             *run.failed,
             flush=True,
         )
@@ -273,6 +276,8 @@ def later(
         (ninth,) = cluster.add()
         origin, _ = one("joins later", ninth, cluster, model)
         verdicts.say(origin == 0, f"it read {origin} bytes from the origin (claim 0)")
+        (tenth,) = cluster.add()
+        one("the same, asking the origin what is new", tenth, cluster, model, "always")
         first, other = cluster.members[:2]
         _, moved = one("the revision, its first node", first, cluster, second)
         verdicts.say(moved <= MOVED, f"it moved {moved:.4f} of the model (claim {MOVED})")
@@ -281,8 +286,8 @@ def later(
             moved <= MOVED and origin == 0,
             f"it moved {moved:.4f}, {origin} bytes of it from the origin (claim {MOVED}, 0)",
         )
-        (tenth,) = cluster.add()
-        origin, _ = one("the revision, a node with nothing", tenth, cluster, second)
+        (last,) = cluster.add()
+        origin, _ = one("the revision, a node with nothing", last, cluster, second)
         verdicts.say(origin == 0, f"it read {origin} bytes from the origin: peers have it all (claim 0)")
     return report
 
