@@ -77,7 +77,7 @@ SECTIONS: Mapping[str, Mapping[str, Key]] = {
         "key": Key(PATH, "", "its private key (PEM)"),
         "lease": Key(SECONDS, 10.0, "how long a claim to read from the origin holds unless it is kept"),
         "lifetime": Key(SECONDS, 3600.0, "how long keys stay that no node renews"),
-        "timeout": Key(SECONDS, 1.0, "for one call"),
+        "timeout": Key(SECONDS, 2.0, "for one call"),
     },
     "peers": {
         "listen": Key(ADDRESS, "", 'where this node serves others; "": it does not, and reads from none'),

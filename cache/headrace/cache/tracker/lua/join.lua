@@ -31,12 +31,13 @@ if free == '' then
   if (blocks + 1) * 64 > stride then
     if stride >= 65536 or stride / 8 * 2 * tonumber(ARGV[5]) > tonumber(ARGV[9]) then return {'full'} end
     local old, size = call('GET', rows) or '', stride / 8
-    local wider, gap = {}, string.rep('\0', size)
+    if #old % size > 0 then old = old .. string.rep('\0', size - #old % size) end
+    local wider, n, gap = {}, 0, string.rep('\0', size)
     for first = 1, #old, size do
-      local row = sub(old, first, first + size - 1)
-      wider[#wider + 1] = row .. string.rep('\0', size - #row) .. gap
+      wider[n + 1], wider[n + 2] = sub(old, first, first + size - 1), gap
+      n = n + 2
     end
-    if #wider > 0 then call('SET', rows, table.concat(wider)) end
+    if n > 0 then call('SET', rows, table.concat(wider)) end
     stride = stride * 2
   end
   local columns = {}
