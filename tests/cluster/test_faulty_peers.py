@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.root, pytest.mark.service]
 _BEHIND = PEER_PORT + 1
 
 
-@pytest.mark.parametrize("modes", [("corrupt", "stall"), ("lie", "garbage"), ("cut", "short")], ids="-".join)
+@pytest.mark.parametrize("modes", [("corrupt", "stall"), ("lie", "garbage")], ids="-".join)
 def test_what_only_faulty_peers_have_comes_from_elsewhere(
     bed: Bed, make: Make, modes: tuple[str, ...]
 ) -> None:

@@ -143,6 +143,6 @@ FAULTS = (
     Fault("Redis is killed", _redis_killed, claims=4),
     Fault("Redis starts again, empty", _redis_emptied, claims=4),
     Fault("Redis stands still for a while", _redis_paused, _redis_resumed, claims=4),
-    Fault("the network parts in two", _parted, claims=4, times=2.0),
+    Fault("the network parts in two", _parted, claims=4, times=2.0, long=True),
     Fault("the network parts in two for a while", _parted, _healed, claims=4, times=2.0),
 )
