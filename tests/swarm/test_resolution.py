@@ -67,6 +67,19 @@ def test_a_required_signature_is_checked_without_the_origin(
         assert node.files() == {p: d for p, d in MODEL.items() if selection != PART or "-00001-" in p}
 
 
+def test_an_answer_is_believed_for_as_long_as_who_asks_now_says(make: Make, swarms: SharedSwarms) -> None:
+    """The first believes its own for no time at all; the cluster has forgotten that it was waited for."""
+    with FaultyServer(below("model", MODEL)) as server:
+        make().stage(f"{server.url}/model", revalidate="always")
+        for key in [key for key in swarms._values if not key.endswith(" last")]:
+            del swarms._values[key]
+        server.clear()
+        make().stage(f"{server.url}/model", revalidate="1h")
+        assert server.requests("*") == []
+        make().stage(f"{server.url}/model", revalidate="always")
+        assert server.requests("*") != []
+
+
 @pytest.mark.parametrize("selection", [Selection(), PART], ids=["all", "part"])
 @pytest.mark.parametrize("change", ["bytes", "unsigned", "other file", "nonsense"])
 def test_what_is_not_what_was_signed_is_asked_of_the_origin_again(

@@ -70,6 +70,11 @@ class SharedResolution:
         Raises:
             HeadraceError: what `ask` raises.
         """
+        if age is None or age > self._cluster.grace:
+            # Who asked may have believed its answer for a shorter time, after which it is no longer waited for.
+            last = await self.last()
+            if last is not None and (age is None or time.time() - last.resolved <= age):
+                return last
         own: list[Agreed] = []
 
         async def find() -> bytes:
