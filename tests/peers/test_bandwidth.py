@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headrace.cache.bandwidth import CLASSES, KINDS, PIECE, Bandwidth, Bucket
+from headrace.cache.bandwidth import CLASSES, KINDS, PIECE, Allowance, Bandwidth, Bucket
 
 LATE = 30.0
 BURST = 0.05
@@ -171,3 +171,36 @@ def test_many_threads_together_get_no_more_than_the_rate() -> None:
     for thread in threads:
         thread.join()
     assert 0 < moved <= rate * (clock[0] + BURST) + PIECE
+
+
+@given(st.floats(1e5, 1e8), st.lists(st.tuples(st.floats(0, 0.5), st.integers(0, PIECE)), max_size=40))
+def test_a_transfer_that_moves_in_small_steps_moves_no_more_than_the_rate(
+    rate: float, steps: list[tuple[float, int]]
+) -> None:
+    clock = [0.0]
+    bandwidth = Bandwidth({("peers", "demand"): rate}, clock=lambda: clock[0])
+    transfer = Allowance(bandwidth, "demand", stop=lambda: True)
+    left, moved = 40 * PIECE, 0
+    for passed, most in steps:
+        clock[0] += passed
+        allowed = transfer.ask(left - moved)
+        assert 0 <= allowed <= PIECE
+        transfer.used(min(most, allowed))
+        moved += min(most, allowed)
+        assert moved <= rate * (clock[0] + BURST) + PIECE
+
+
+def test_a_transfer_notices_with_its_next_step_that_it_is_limited_or_free() -> None:
+    bandwidth = Bandwidth()
+    transfer = Allowance(bandwidth, "prestage", stop=lambda: True)
+    assert transfer.ask(50 * PIECE) == 50 * PIECE
+    transfer.used(PIECE)
+    bandwidth.set_rate("peers", "prestage", 0)
+    assert transfer.ask(49 * PIECE) == 0
+    bandwidth.set_rate("peers", "prestage", 1e9)
+    assert transfer.ask(49 * PIECE) == PIECE
+    transfer.used(100)
+    assert transfer.ask(49 * PIECE - 100) == PIECE - 100
+    transfer.used(PIECE - 100)
+    bandwidth.set_rate("peers", "prestage", None)
+    assert transfer.ask(48 * PIECE) == 48 * PIECE

@@ -127,3 +127,40 @@ class Bandwidth:
             if not wait:
                 return
             await asyncio.sleep(min(wait, _LOOK))
+
+
+class Allowance:
+    """One transfer's share: how much it may move next.
+
+    While its class has no limit that is everything that is left: it asks again as soon as it has to wait for the
+    other side, so a limit that comes soon holds.
+    """
+
+    def __init__(
+        self, bandwidth: Bandwidth, of: Class, stop: Callable[[], bool], kind: Kind = "peers"
+    ) -> None:
+        """
+        Args:
+            stop: ends the waiting for more.
+        """
+        self._bandwidth = bandwidth
+        self._kind: Kind = kind
+        self._of: Class = of
+        self._stop = stop
+        self._taken = 0
+
+    def ask(self, left: int) -> int:
+        """How many of `left` bytes may move now; 0 when `stop` came true."""
+        if self._taken:
+            return self._taken
+        if self._bandwidth.rate(self._kind, self._of) is None:
+            return left
+        size = min(left, PIECE)
+        if not self._bandwidth.take(self._kind, self._of, size, self._stop):
+            return 0
+        self._taken = size
+        return size
+
+    def used(self, size: int) -> None:
+        """So many of them have moved."""
+        self._taken = max(0, self._taken - size)

@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from http import HTTPStatus
 
-from headrace.cache.bandwidth import PIECE, Class
+from headrace.cache.bandwidth import Allowance, Class
 from headrace.cache.errors import (
     HeadraceError,
     NotAuthenticated,
@@ -32,11 +32,10 @@ from headrace.cache.peers.protocol import (
     class_of,
 )
 from headrace.cache.peers.serving import Serving
-from headrace.cache.peers.upload import gone, send_file
+from headrace.cache.peers.upload import Upload
 from headrace.cache.store import Domain
 
 _OCTETS = "application/octet-stream"
-_UNLIMITED = 4 * PIECE
 
 
 class Connection:
@@ -172,27 +171,24 @@ class Connection:
                 begun = time.monotonic()
                 start, stop = one.grid.span(ask.first, ask.last)
                 self._send_head(HTTPStatus.OK, stop - start, {})
-
-                def grant(left: int) -> int:
-                    # Unlimited, a change of the rate comes soon enough after more than a piece.
-                    unlimited = serving.bandwidth.rate("peers", of) is None
-                    size = min(left, _UNLIMITED if unlimited else PIECE)
-                    given = serving.bandwidth.take("peers", of, size, self._unwanted)
-                    # A failed sync or a repair may take chunks back at any time.
-                    if not given or not one.ready(ask.first, ask.last):
-                        return 0
-                    serving.counts.add(of, size)
-                    return size
-
-                timeout = serving.limits.send
+                upload = Upload(self._sock, one.fileno(), serving.blocks, serving.limits.send)
+                allowance = Allowance(serving.bandwidth, of, upload.gone)
                 try:
-                    whole = send_file(self._sock, one.fileno(), start, stop, grant, serving.blocks, timeout)
+                    # A failed sync or a repair may take chunks back at any time.
+                    while start < stop and one.ready(ask.first, ask.last):
+                        size = allowance.ask(stop - start)
+                        if not size:
+                            break
+                        sent = upload.send(start, size)
+                        allowance.used(sent)
+                        serving.counts.add(of, sent)
+                        start += sent
                 except OSError as error:
                     raise _Failed from error
-                if whole:
-                    serving.counts.done(of, time.monotonic() - begun)
-                # A body that is cut short can only be told from a whole one by its end.
-                return whole and not closes
+                if start < stop:
+                    return False  # a body that is cut short can only be told from a whole one by its end
+                serving.counts.done(of, time.monotonic() - begun)
+                return not closes
             finally:
                 serving.slots.give(of)
 
@@ -200,9 +196,6 @@ class Connection:
         with self._serving.counts.lock:
             self._serving.counts.busy += 1
         return PeerBusy(sentence, seconds)
-
-    def _unwanted(self) -> bool:
-        return gone(self._sock)
 
     def _count_refused(self) -> None:
         with self._serving.counts.lock:
