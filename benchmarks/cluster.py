@@ -324,7 +324,7 @@ def topologies(bench: Bench, model: Model, chunk: int, nodes: int, verdicts: Ver
             bench.network.shape(victim.node, Rate(links.node, links.node))
         times = {one.member: one.at for one in found if one.report is not None}
         slow = times.pop(victim) - run.start if name == "slow" and victim in times else None
-        last = max(times.values()) - run.start
+        last = max(times.values(), default=math.nan) - run.start
         world = World(case)
         world.run()
         finished = [node for node in world.nodes if node.finished < math.inf and not node.dead]
