@@ -263,10 +263,13 @@ def test_many_chunks_can_be_said_and_asked_at_once(settings: TrackerSettings) ->
 
     async def work(nodes: Nodes) -> None:
         one, two = nodes.add("one"), nodes.add("two")
-        await one.exchange(swarm, Exchange(gained=range(0, 5000, 2)))
+        learned = {chunk: b"%d" % chunk for chunk in range(0, 5000, 2)}
+        await one.exchange(swarm, Exchange(gained=range(5003), digests=learned))
+        await one.exchange(swarm, Exchange(lost=[*range(1, 5000, 2), 5000, 5001, 5002]))
         await two.announce(swarm, bitmap(swarm, range(0, 5003, 3)))
         answer = await two.look(swarm, range(5003))
         assert answer.counts == {c: (c % 2 == 0 and c < 5000) + (c % 3 == 0) for c in range(5003)}
+        assert answer.digests == {c: digest for c, digest in learned.items() if c in answer.holders}
         with pytest.raises(ValueError, match="wanted"):
             await one.exchange(swarm, Exchange(wanted=range(MAX_WANTED + 1)))
         with pytest.raises(ValueError, match="map"):
@@ -390,13 +393,13 @@ def test_what_is_used_stays(settings: TrackerSettings) -> None:
     async def work(nodes: Nodes) -> None:
         one, other = nodes.add("one"), nodes.add("other")
         await one.exchange(SWARM, Exchange(gained=[1], digests={1: b"d"}))
-        for _ in range(8):
-            await asyncio.sleep(0.2)
+        for _ in range(9):
+            await asyncio.sleep(0.3)
             answer = await other.exchange(SWARM, Exchange(wanted=[1]))
             assert answer.counts == {1: 1}
         assert answer.digests == {1: b"d"}
 
-    with_nodes(replace(settings, lease=0.2, lifetime=1.0), work)
+    with_nodes(replace(settings, lease=0.2, lifetime=2.0), work)
 
 
 # Digests

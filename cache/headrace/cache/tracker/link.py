@@ -182,6 +182,8 @@ def _clients(settings: TrackerSettings) -> tuple[Redis, list[Redis]]:
 
 def _check_files(settings: TrackerSettings) -> None:
     """Raises UsageError when a certificate cannot be used; at the first connection it would look like the server's."""
+    if not settings.tls:
+        return
     try:
         named = settings.ca
         context = ssl.create_default_context(cafile=named)

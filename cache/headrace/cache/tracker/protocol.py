@@ -116,7 +116,8 @@ class Tracker(Protocol):
         that do not live any more.
 
         Args:
-            peer: this node; its address and zone may have changed, its id not.
+            peer: this node. Another address or zone than before holds in swarms that it joins from then on; its id
+                stays the same.
             seconds: until the others take it for gone.
 
         Returns:

@@ -210,14 +210,19 @@ class RedisTracker:
             raise ValueError(f"{len(request.wanted)} chunks wanted at once")
         _check(swarm, request.gained, request.lost, request.wanted, request.keep, request.give_back)
         _check(swarm, [chunk for chunk, _ in request.missing], request.digests)
-        gained = request.gained
-        while len(gained) > BATCH:
-            await self._exchange(swarm, Exchange(gained=gained[:BATCH]))
-            gained = gained[BATCH:]
         mine = self._claims.setdefault(swarm, set())
         # What was claimed and has come needs its claim no more.
         done = mine.intersection(request.gained)
-        request = replace(request, gained=gained, give_back=[*request.give_back, *done])
+        request = replace(request, give_back=[*request.give_back, *done])
+        while len(request.lost) > BATCH:
+            await self._exchange(swarm, Exchange(lost=request.lost[:BATCH]))
+            request = replace(request, lost=request.lost[BATCH:])
+        while len(request.gained) > BATCH:
+            some, digests = request.gained[:BATCH], request.digests
+            said = {chunk: digests[chunk] for chunk in some if chunk in digests}
+            await self._exchange(swarm, Exchange(gained=some, digests=said))
+            rest = {chunk: digest for chunk, digest in digests.items() if chunk not in said}
+            request = replace(request, gained=request.gained[BATCH:], digests=rest)
         view, rows = await self._exchange(swarm, request)
         if own := [chunk for chunk, start, row in _held(request.wanted, rows) if row & _own(start, rows)]:
             # The tracker believed that the node held what it wants.

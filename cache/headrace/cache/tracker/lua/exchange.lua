@@ -58,10 +58,10 @@ if said > 0 then
   for i = 4 + missing, 3 + missing + said do
     call('HSETNX', digests, format('%d', struct.unpack('>I4', ARGV[i])), sub(ARGV[i], 5))
   end
+  call('PEXPIRE', digests, lifetime, 'NX')
   if learned == 0 then
     learned = 1
     call('HSET', nodes, 'm', struct.pack(META, stride, epoch, blocks, used, zones, 1))
-    renew = 1
   end
 end
 
