@@ -27,7 +27,7 @@ class Stand(IntEnum):
     CLAIMED = 4
     """To be read from the origin."""
     LATER = 5
-    """To be asked about after a pause."""
+    """To be tried again, or asked about, after a pause."""
     FLYING = 6
     TAKEN = 7
     """Another stager of this node fetches it."""
@@ -44,14 +44,16 @@ class Board:
         state: a `Stand` for each chunk; written by the queues' methods, and by the scheduler for the other states.
         pooled: chunks to be asked about.
         stocked: chunks with known holders.
+        rest_at: no pause is over before.
     """
 
-    __slots__ = ("_holders", "_later", "_pool", "_random", "_stock", "pooled", "state", "stocked")
+    __slots__ = ("_holders", "_later", "_pool", "_random", "_stock", "pooled", "rest_at", "state", "stocked")
 
     def __init__(self, chunks: int, random: Callable[[], float]) -> None:
         self.state = bytearray(chunks)
         self.pooled = 0
         self.stocked = 0
+        self.rest_at = inf
         self._random = random
         self._pool: list[tuple[float, int]] = []
         self._stock: list[tuple[int, float, int]] = []
@@ -70,6 +72,8 @@ class Board:
         elif state == _KNOWN:
             self.stocked -= 1
             del self._holders[chunk]
+        elif state == _LATER:
+            self._holders.pop(chunk, None)
 
     def offer(self, chunk: int, key: float) -> None:
         """To be asked about; the smallest key first."""
@@ -113,26 +117,27 @@ class Board:
                 return chunk, self._holders.pop(chunk)
         return None
 
-    def put_off(self, chunk: int, until: float) -> None:
-        """To be asked about after a pause."""
+    def put_off(self, chunk: int, until: float, holders: Sequence[Peer] = ()) -> None:
+        """To be asked about after a pause, or to be tried again with the same holders."""
         self._leave(chunk)
         self.state[chunk] = _LATER
+        if holders:
+            self._holders[chunk] = holders
+        if until < self.rest_at:
+            self.rest_at = until
         heappush(self._later, (until, chunk))
 
-    def rested(self, now: float) -> list[int]:
-        """Chunks whose pause is over; the caller gives each a new state."""
+    def rested(self, now: float) -> list[tuple[int, Sequence[Peer]]]:
+        """Chunks whose pause is over, and the holders to try; the caller gives each a new state."""
         later, state = self._later, self.state
-        over = []
-        while later and later[0][0] <= now:
-            chunk = heappop(later)[1]
+        over: list[tuple[int, Sequence[Peer]]] = []
+        while later:
+            until, chunk = later[0]
             if state[chunk] == _LATER:
+                if until > now:
+                    break
+                over.append((chunk, self._holders.pop(chunk, ())))
                 state[chunk] = 0
-                over.append(chunk)
-        return over
-
-    def next_rested(self) -> float:
-        """When the next pause is over; infinite where there is none."""
-        later, state = self._later, self.state
-        while later and state[later[0][1]] != _LATER:
             heappop(later)
-        return later[0][0] if later else inf
+        self.rest_at = later[0][0] if later else inf
+        return over

@@ -97,7 +97,6 @@ class Scheduler:
         """Chunks are here, verified, however they came."""
         for chunk in chunks:
             self._arrive(chunk, now, now)
-        self._advance()
 
     def absent(self, chunks: Iterable[int], now: float) -> None:
         """Chunks are not here (any more), or the other stager that had taken them gave them up."""
@@ -142,8 +141,8 @@ class Scheduler:
         if self._asking is not None or now < self._silent_until:
             return None
         board, news, limits = self._board, self._news, self._limits
-        for chunk in board.rested(now):
-            self._offer(chunk)
+        if now >= board.rest_at:
+            self._return(now)
         keeping = now >= self._keep_at
         speak = keeping or now >= news.due or news.gains >= limits.batch
         wanted: list[int] = []
@@ -220,6 +219,8 @@ class Scheduler:
         """Transfers to begin now, second tries included."""
         fetches: list[Fetch] = []
         board, flights, limits = self._board, self._flights, self._limits
+        if now >= board.rest_at:
+            self._return(now)
         while self._claims:
             chunk = self._claims.popleft()
             if board.state[chunk] == Stand.CLAIMED:
@@ -243,7 +244,7 @@ class Scheduler:
                     # What nobody can be asked for must not be kept from being read from the origin.
                     for peer in holders:
                         self._news.missing(chunk, peer.id, now)
-                self._put_off(chunk, now)
+                self._put_off(chunk, holders, now)
                 continue
             board.state[chunk] = _FLYING
             fetches.append(flights.begin(chunk, self._sizes[chunk], source, holders, now).fetch)
@@ -275,7 +276,6 @@ class Scheduler:
             if source is not None:
                 self._flights.took(flight, now)
             self._arrive(chunk, now, now + self._pace.patience(source is None))
-            self._advance()
             return [] if twin is None else [twin.fetch]
         flight.twin = None
         if state[chunk] != _FLYING or (twin is not None and not twin.over):
@@ -291,7 +291,7 @@ class Scheduler:
             if rest and self._choice.free_at(chunk, rest, now) <= now:
                 self._board.know(chunk, self._rank(chunk), rest)
             else:
-                self._put_off(chunk, now)
+                self._put_off(chunk, flight.holders, now)
         return []
 
     def wake(self, now: float) -> float:
@@ -304,11 +304,13 @@ class Scheduler:
             if hungry or (self._unclaimed and self._free_claims(inf)):
                 look = self._pace.ask_at
                 if not board.pooled:
-                    look = max(look, board.next_rested())
+                    look = max(look, board.rest_at)
                 elif not hungry:
                     look = max(look, self._origin_until)
                 speak = min(speak, look)
             at = min(at, max(speak, self._silent_until))
+        if self._flights.peers < self._limits.downloads and self._board.rest_at < at:
+            at = self._board.rest_at
         return at if at > now else now
 
     # Within.
@@ -332,11 +334,12 @@ class Scheduler:
         if self._awaited(chunk):
             self._left -= 1
         self._board.move(chunk, Stand.HERE)
-        self._window.passed(chunk)
         self._urgent.discard(chunk)
         self._counts.pop(chunk, None)
         self._tries.pop(chunk, None)
         self._waits.forget(chunk)
+        if self._window.passed(chunk):
+            self._advance()
         self._pace.arrived()
         self._news.gained(chunk, due if self._left else now)
 
@@ -357,13 +360,22 @@ class Scheduler:
             return
         self._board.offer(chunk, key)
 
-    def _put_off(self, chunk: int, now: float) -> None:
-        """All holders that are known are busy or left alone: ask for others, later and later."""
+    def _put_off(self, chunk: int, holders: Sequence[Peer], now: float) -> None:
+        """All holders that are known are busy or left alone: try them once more, then ask for others, ever later."""
         tries = self._tries.get(chunk, 0)
         self._tries[chunk] = tries + 1
         limits = self._limits
-        pause = min(limits.busy * 2.0 ** min(tries, 16), limits.most_poll)
-        self._board.put_off(chunk, now + pause * (0.5 + self._random()))
+        until = now + min(limits.busy * 2.0 ** min(tries, 16), limits.most_poll) * (0.5 + self._random())
+        again = tries == 0 and self._choice.free_at(chunk, holders, now) <= until
+        self._board.put_off(chunk, until, holders if again else ())
+
+    def _return(self, now: float) -> None:
+        """Pauses are over."""
+        for chunk, holders in self._board.rested(now):
+            if holders:
+                self._board.know(chunk, self._rank(chunk), holders)
+            else:
+                self._offer(chunk)
 
     def _free_claims(self, now: float) -> int:
         if now < self._origin_until:

@@ -47,9 +47,10 @@ class Window:
         """Whether a chunk lies in the window, or before it."""
         return 0 <= self._place[chunk] < self.end
 
-    def passed(self, chunk: int) -> None:
-        """A chunk is not awaited any more: it is here, or another node's reading of it takes too long."""
+    def passed(self, chunk: int) -> bool:
+        """A chunk is not awaited any more: it is here, or takes too long to come. True where that moves the start."""
         self._passed[chunk] = 1
+        return self._place[chunk] == self.first
 
     def back(self, chunk: int) -> None:
         """A chunk is awaited again. The window begins there; it does not become shorter at its end."""
