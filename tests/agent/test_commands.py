@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 from support.agents import RunningAgent
 from support.command import Command, Result, wait_until
 from support.faulty_server import FaultyServer
+from support.models import below
 from support.stores import read_files
 
 from headrace.loader import load
@@ -140,17 +143,26 @@ def test_an_agent_that_is_killed_midway_is_gone_on_without(
     assert read_files(Path(json.loads(out)["snapshots"][0]["path"])) == files
 
 
-def test_status_shows_what_goes_on(agent: RunningAgent, slow: FaultyServer, model: Path) -> None:
+@pytest.fixture
+def endless(files: dict[str, bytes]) -> Iterator[FaultyServer]:
+    """Still gives the model when the last command of a test looks."""
+    with FaultyServer(below("m", files), rate=2.5e5) as server:
+        yield server
+
+
+def test_status_shows_what_goes_on(agent: RunningAgent, endless: FaultyServer, model: Path) -> None:
     through = agent.commands()
     through("stage", model)
     agent.client.ask(
-        "POST", "/v1/stage", {"request": {"reference": f"{slow.url}/m"}, "wait": False, "class": "prestage"}
+        "POST",
+        "/v1/stage",
+        {"request": {"reference": f"{endless.url}/m"}, "wait": False, "class": "prestage"},
     )
     assert "all of it is in this node's store" in through("explain", model).out
     shown = through("status").out
     assert f"process {agent.pid}" in shown
     assert f"file://{model} (demand): staged" in shown
-    assert f"{slow.url}/m (prestage): running" in shown
+    assert f"{endless.url}/m (prestage): running" in shown
     status = through("status", "--json").json
     assert [job["state"] for job in status["jobs"]] == ["running", "staged"]
     assert status["store"]["root"] == str(agent.command.root)
