@@ -23,7 +23,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--smoke", action="store_true", help="20 histories")
-    parser.add_argument("--histories", type=int, default=3000, help="for each server")
+    parser.add_argument("--histories", type=int, default=1000, help="for each server")
     parser.add_argument("--steps", type=int, default=50, help="in each history")
     options = parser.parse_args()
     histories = 20 if options.smoke else options.histories
