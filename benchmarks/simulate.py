@@ -25,8 +25,8 @@ from benchmarks.simulator.world import World
 from headrace.cache.errors import UsageError
 
 GROWTH = (10, 30, 100, 300, 1000, 3000, 10000)
-CHUNKS = 8_400_000
-"""Chunks that all nodes of one run of `--growth` get together, at most: larger clusters have fewer each."""
+CHUNKS = 4_200_000
+"""Chunks that all nodes of one run of `--growth` get together, at most: larger clusters have fewer, larger ones."""
 
 
 def simulate(case: Case, record: Path | None = None) -> Result:
@@ -40,9 +40,9 @@ def simulate(case: Case, record: Path | None = None) -> Result:
 
 
 def growth(case: Case, nodes: int) -> Case:
-    """The same case with another number of nodes: where it has too many chunks for them, of a smaller model."""
+    """The same case with another number of nodes: where they have too many chunks together, with larger ones."""
     chunks = min(len(case.sizes()), CHUNKS // nodes)
-    return replace(case, nodes=nodes, model=min(case.model, chunks * case.chunk))
+    return replace(case, nodes=nodes, chunk=max(case.chunk, -(-case.model // chunks)))
 
 
 def main() -> int:

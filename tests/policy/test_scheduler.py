@@ -182,7 +182,7 @@ class TestAsking:
                     again, held(again.wanted, *NEAR, counts=dict.fromkeys(again.wanted, 100_000)), now
                 )
             now += 0.001
-        assert calls < 10 / (Limits().most_poll * 0.4)
+        assert calls < 10 / (Limits().most_crowded * 0.4)
 
     def test_a_tracker_that_is_gone_is_asked_again_after_longer_and_longer_pauses(self) -> None:
         one = scheduler(2)

@@ -24,7 +24,9 @@ class Limits:
         announce: what nobody else has is announced within this time.
         most_announce: what others have, too, is announced within this time, at the latest.
         poll, most_poll: pause between questions: it doubles from one to the other while they bring nothing.
-        crowd: with so many nodes these pauses are twice as long, with twice as many three times, and so on.
+        crowd: with so many nodes the least of these pauses, and the news of what others have, take twice as long,
+            with twice as many three times, and so on,
+        most_crowded: but no pause takes longer than this.
         rush: with more nodes for each holder of a chunk than this, not all of them try to get it at once.
         retry, most_retry: the same while the tracker cannot be reached.
         keep: claims in use are confirmed this often.
@@ -49,10 +51,11 @@ class Limits:
     batch: int = MAX_WANTED
     ahead: float = 0.4
     announce: float = 0.02
-    most_announce: float = 0.25
+    most_announce: float = 0.5
     poll: float = 0.01
     most_poll: float = 0.25
     crowd: float = 50.0
+    most_crowded: float = 1.0
     rush: float = 16.0
     retry: float = 0.1
     most_retry: float = 2.0

@@ -53,7 +53,7 @@ class Pace:
             self._pause = limits.poll
         elif not found:
             self._pause = min(self._pause * 2, limits.most_poll)
-        pause = max(self._pause, self._crowded(limits.poll, limits.most_poll))
+        pause = max(self._pause, self._crowded(limits.poll, limits.most_crowded))
         self.ask_at = now + pause * (0.5 + self._random())
 
     def pause(self) -> float:
@@ -67,7 +67,8 @@ class Pace:
     def ahead(self) -> int:
         """Chunks to have sources for: what arrives in the time that they are looked for ahead."""
         limits = self._limits
-        return min(limits.batch, max(limits.downloads, int(self._rate * limits.ahead)))
+        seconds = max(limits.ahead, 2 * self._crowded(limits.poll, limits.most_crowded))
+        return min(limits.batch, max(limits.downloads, int(self._rate * seconds)))
 
     def patience(self, first: bool) -> float:
         """How long the news of a chunk may wait; `first`: nobody else has it."""
