@@ -38,12 +38,12 @@ def check(plan: FilePlan, granularity: int) -> None:
         assert segment.offset + segment.stop - segment.start <= plan.images[segment.image]
         if granularity == 1:
             assert sum(b.stop - b.start for b in inside) == segment.stop - segment.start
-    for placed in plan.placed:
-        start = plan.header.data_start + placed.info.start
-        if not placed.info.nbytes:
+    for info, image, offset in zip(plan.infos, plan.image_of, plan.offset_of, strict=True):
+        start = plan.header.data_start + info.start
+        if not info.nbytes:
             continue
-        (home,) = [s for s in plan.segments if s.start <= start and start + placed.info.nbytes <= s.stop]
-        assert (placed.image, placed.offset) == (home.image, home.offset + start - home.start)
+        (home,) = [s for s in plan.segments if s.start <= start and start + info.nbytes <= s.stop]
+        assert (image, offset) == (home.image, home.offset + start - home.start)
     ends = sorted((s.image, s.offset, s.offset + s.stop - s.start) for s in plan.segments)
     for (image, _, stop), (other, start, _) in itertools.pairwise(ends):
         assert image != other or stop <= start
@@ -63,7 +63,7 @@ def test_a_plan_covers_what_was_selected_and_reads_over_a_bounded_rest(
 ) -> None:
     names = data.draw(st.sets(st.sampled_from([f"t{n}" for n in range(len(sizes))])))
     plan = plan_file("m", header(sizes, data_start), Selection.of(names), max_image=max_image)
-    assert {placed.info.name for placed in plan.placed} == names
+    assert {info.name for info in plan.infos} == names
     for granularity in (1, 4096):
         check(plan, granularity)
     assert plan.read_bytes - plan.tensor_bytes <= max(1 << 20, plan.tensor_bytes // 8)
@@ -83,7 +83,7 @@ def test_images_are_limited_but_never_cut_a_tensor() -> None:
         "m", header([600_000, 300_000, 300_000, 5_000_000, 10]), Selection(), max_image=1_000_000
     )
     check(plan, 1)
-    assert [placed.image for placed in plan.placed] == [0, 0, 1, 2, 3]
+    assert list(plan.image_of) == [0, 0, 1, 2, 3]
 
 
 def test_near_neighbours_are_joined_and_far_ones_are_not() -> None:

@@ -49,10 +49,10 @@ def teeth(one: Cut, whole: TensorInfo) -> tuple[int, tuple[tuple[int, int], ...]
 def check_plans(ranges: FilePlan, gathered: GatherPlan, cuts: list[Cut]) -> None:
     """Every byte that is needed lies in a segment or is gathered, and blocks are bounded."""
     data_start = ranges.header.data_start
-    assert [placed.info for placed in ranges.placed] == [one.info for one in cuts if one.comb is None]
-    assert [placed.info for placed in gathered.placed] == [one.info for one in cuts if one.comb is not None]
-    for placed in ranges.placed:
-        start, stop = data_start + placed.info.start, data_start + placed.info.stop
+    assert list(ranges.infos) == [one.info for one in cuts if one.comb is None]
+    assert list(gathered.infos) == [one.info for one in cuts if one.comb is not None]
+    for info in ranges.infos:
+        start, stop = data_start + info.start, data_start + info.stop
         assert start == stop or any(one.start <= start and stop <= one.stop for one in ranges.segments)
     blocks = list(gathered.blocks())
     for number, comb in enumerate(gathered.combs):
@@ -169,6 +169,6 @@ def test_streamed_images_are_limited_but_never_cut_a_slice() -> None:
     header = next(headers({f"t{number}": (1000, 1000) for number in range(5)}))
     slices = SlicePlan(0, 2, (Rule("*", Split(1)),))
     _, gathered = plan_slices("m", header, Selection(), slices, max_image=2_500_000)
-    assert [placed.image for placed in gathered.placed] == [0, 0, 1, 1, 2]
-    assert all(placed.offset % 64 == 0 for placed in gathered.placed)
+    assert list(gathered.image_of) == [0, 0, 1, 1, 2]
+    assert all(offset % 64 == 0 for offset in gathered.offset_of)
     assert max(gathered.images) <= 2_500_000

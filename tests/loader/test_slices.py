@@ -142,7 +142,7 @@ def test_the_examples_are_gathered_in_the_way_they_stand_for(wide_model: Path) -
     for way, (one, _) in BY_WAY.items():
         header = header_of(wide_model / f"{way.name.lower()}.safetensors")
         ranges, gathered = plan_slices("m", header, Selection(), wide_plan(1, 4))
-        assert (ranges.placed, gathered.ways) == ((), (way,))
+        assert (ranges.infos, gathered.ways) == ((), (way,))
         assert len(list(gathered.blocks())) > 1 or one.name == "near"
 
 

@@ -238,7 +238,7 @@ def stream(
                 opened = crew.beside(opening.run)
                 for ready in transfer.taken():
                     reader = ready.job.reader
-                    yield reader.plan.placed[ready.number].info.name, reader.take(ready.number)
+                    yield reader.plan.infos[ready.number].name, reader.take(ready.number)
                 crew.finish(opened.result)
             if session is not None:
                 session.finish()

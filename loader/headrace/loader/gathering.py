@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from headrace.cache.safetensors import Header
 from headrace.loader.cuts import Comb, Cut
-from headrace.loader.plan import BLOCK, PAGE, Block, FilePlan, Placed, Segment, Selection, plan_ranges
+from headrace.loader.plan import BLOCK, PAGE, Block, FilePlan, Segment, Selection, plan_ranges
 from headrace.loader.slices import SlicePlan
 
 WIDE = 64 * 1024
@@ -88,7 +88,7 @@ class GatherPlan(FilePlan):
                 yield GatherBlock(start, stop, number, first, last)
 
     def brought_by(self, blocks: Sequence[Block]) -> Iterator[tuple[int, Block]]:
-        """(index in `placed`, block): a block belongs to one tensor."""
+        """(index in `infos`, block): a block belongs to one tensor."""
         for block in blocks:
             yield block.segment, block
 
@@ -125,11 +125,10 @@ def plan_slices(
 
 
 def _gather(cuts: list[Cut], path: str, header: Header, max_image: int | None) -> GatherPlan:
-    placed: list[Placed] = []
     segments: list[Segment] = []
     combs: list[Comb] = []
     images: list[int] = []
-    for info, comb in cuts:
+    for _, comb in cuts:
         assert comb is not None
         offset = -(-images[-1] // _ALIGNMENT) * _ALIGNMENT if images else 0
         if not images or (max_image is not None and offset + comb.nbytes > max_image):
@@ -138,8 +137,16 @@ def _gather(cuts: list[Cut], path: str, header: Header, max_image: int | None) -
         images[-1] = offset + comb.nbytes
         start = header.data_start + comb.locate(0)
         stop = header.data_start + comb.locate(comb.nbytes - 1) + 1
-        placed.append(Placed(info, len(images) - 1, offset))
         segments.append(Segment(start, stop, len(images) - 1, offset))
         combs.append(comb)
-    ways = tuple(way_of(comb) for comb in combs)
-    return GatherPlan(path, header, tuple(placed), tuple(segments), tuple(images), tuple(combs), ways)
+    return GatherPlan(
+        path,
+        header,
+        tuple(info for info, _ in cuts),
+        [segment.image for segment in segments],
+        [segment.offset for segment in segments],
+        tuple(segments),
+        tuple(images),
+        tuple(combs),
+        tuple(way_of(comb) for comb in combs),
+    )

@@ -234,7 +234,7 @@ class Opening:
                 if self.selection.everything:
                     self.infos.update(header.tensors)
                 else:
-                    self.infos.update((placed.info.name, placed.info) for placed in plan.placed)
+                    self.infos.update((info.name, info) for info in plan.infos)
         if check is not None:
             check.header = header
         for number, reader in enumerate(readers):
@@ -249,13 +249,13 @@ class Opening:
     ) -> list[FileReader]:
         """One for what is whole ranges of the file, one for what is gathered, as far as there are such."""
         ranges, gathered = plan_slices(file.path, header, self.selection, slices, max_image=self.max_image)
-        infos = {placed.info.name: placed.info for plan in (ranges, gathered) for placed in plan.placed}
+        infos = {info.name: info for plan in (ranges, gathered) for info in plan.infos}
         self.infos.update((name, infos[name]) for name in header.tensors if name in infos)
         readers: list[FileReader] = []
-        if ranges.placed:
+        if ranges.infos:
             readers.append(self._reader(file, ranges, total // slices.world, free))
-        if gathered.placed:
-            self._why.append(f"{len(gathered.placed)} slices gathered")
+        if gathered.infos:
+            self._why.append(f"{len(gathered.infos)} slices gathered")
             if self.for_device is None:
                 readers.append(GatherReader(file, gathered))
             else:

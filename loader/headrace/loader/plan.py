@@ -10,7 +10,6 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import xxhash
 
@@ -84,20 +83,6 @@ class Selection:
             )
 
 
-class Placed(NamedTuple):
-    """A selected tensor and where it will lie: byte `offset` of image number `image` (nowhere if it is empty).
-
-    A named tuple because there may be tens of thousands.
-    """
-
-    info: TensorInfo
-    image: int
-    offset: int
-
-
-_new_tuple = tuple.__new__  # half the time of Placed(...)
-
-
 @dataclass(frozen=True, slots=True)
 class Segment:
     """Bytes [start, stop) of the file, to lie at byte `offset` of image number `image`."""
@@ -124,21 +109,26 @@ class FilePlan:
     Attributes:
         path: the file, relative to its model.
         header: of the file.
-        placed: the selected tensors in file order, empty ones included.
+        infos: the selected tensors in file order, empty ones included.
+        image_of: the number of the image in which each of them will lie. (Columns, not an object for each tensor:
+            there may be tens of thousands.)
+        offset_of: at which of its bytes. (Neither says anything of an empty tensor.)
         segments: in file order, disjoint.
         images: size of each image in bytes.
     """
 
     path: str
     header: Header
-    placed: tuple[Placed, ...]
+    infos: Sequence[TensorInfo]
+    image_of: Sequence[int]
+    offset_of: Sequence[int]
     segments: tuple[Segment, ...]
     images: tuple[int, ...]
 
     @property
     def tensor_bytes(self) -> int:
         """Bytes of the selected tensors."""
-        return sum(placed.info.nbytes for placed in self.placed)
+        return sum(info.nbytes for info in self.infos)
 
     @property
     def read_bytes(self) -> int:
@@ -150,8 +140,7 @@ class FilePlan:
         if self.read_bytes == self.tensor_bytes:
             return ((segment.start, segment.stop) for segment in self.segments)
         base = self.header.data_start
-        infos = (placed.info for placed in self.placed)
-        return ((base + info.start, base + info.stop) for info in infos if info.start < info.stop)
+        return ((base + info.start, base + info.stop) for info in self.infos if info.start < info.stop)
 
     def blocks(self, granularity: int = 1, size: int | None = None) -> Iterator[Block]:
         """The reads, in file order, at most `size` bytes long (plus rounding).
@@ -171,11 +160,11 @@ class FilePlan:
                 start = stop
 
     def brought_by(self, blocks: Sequence[Block]) -> Iterator[tuple[int, Block]]:
-        """(index in `placed`, block) for each block that brings bytes of the tensor; `blocks` in file order."""
+        """(index in `infos`, block) for each block that brings bytes of the tensor; `blocks` in file order."""
         first = 0
         data_start = self.header.data_start
-        for number, placed in enumerate(self.placed):
-            start, stop = data_start + placed.info.start, data_start + placed.info.stop
+        for number, info in enumerate(self.infos):
+            start, stop = data_start + info.start, data_start + info.stop
             if start == stop:
                 continue
             while blocks[first].stop <= start:
@@ -211,10 +200,13 @@ def plan_whole(path: str, header: Header) -> FilePlan:
     """
     start, stop = header.data_start, header.file_size
     shift = start % PAGE
-    placed = tuple([_new_tuple(Placed, (info, 0, shift + info[3])) for info in header.tensors.values()])
+    infos = tuple(header.tensors.values())
+    zeros = bytes(len(infos))
     if start == stop:
-        return FilePlan(path, header, placed, (), ())
-    return FilePlan(path, header, placed, (Segment(start, stop, 0, shift),), (shift + stop - start,))
+        return FilePlan(path, header, infos, zeros, zeros, (), ())
+    offsets = [shift + info[3] for info in infos]
+    segment, size = Segment(start, stop, 0, shift), shift + stop - start
+    return FilePlan(path, header, infos, zeros, offsets, (segment,), (size,))
 
 
 def plan_ranges(
@@ -239,15 +231,14 @@ def plan_ranges(
         images[-1] = offset + stop - start
         segments.append(Segment(start, stop, len(images) - 1, offset))
         homes += [segments[-1]] * count
-    placed = []
+    image_of, offset_of = [0] * len(chosen), [0] * len(chosen)
     remaining = iter(homes)
-    for info in chosen:
-        if info.start == info.stop:
-            placed.append(Placed(info, 0, 0))
-            continue
-        home = next(remaining)
-        placed.append(Placed(info, home.image, home.offset + header.data_start + info.start - home.start))
-    return FilePlan(path, header, tuple(placed), tuple(segments), tuple(images))
+    for number, info in enumerate(chosen):
+        if info.start != info.stop:
+            home = next(remaining)
+            image_of[number] = home.image
+            offset_of[number] = home.offset + header.data_start + info.start - home.start
+    return FilePlan(path, header, tuple(chosen), image_of, offset_of, tuple(segments), tuple(images))
 
 
 def _runs(

@@ -48,7 +48,7 @@ class Job:
     def of(cls, file: SourceFile, reader: FileReader, *, per_tensor: bool) -> Job:
         """Plan the blocks; `per_tensor` keeps track of when each tensor is complete."""
         blocks = reader.blocks()
-        left = [0] * len(reader.plan.placed)
+        left = [0] * len(reader.plan.infos)
         tensors_of: dict[Block, list[int]] = {}
         if per_tensor:
             for number, block in reader.plan.brought_by(blocks):
@@ -65,7 +65,7 @@ class Job:
 
 @dataclass(slots=True)
 class Ready:
-    """A tensor whose bytes are all there: `job.reader.plan.placed[number]`."""
+    """A tensor whose bytes are all there: `job.reader.plan.infos[number]`."""
 
     job: Job
     number: int
@@ -245,7 +245,7 @@ class Transfer:
                     job.blocks_left[number] -= 1
                     if not job.blocks_left[number]:
                         state.completed.append(Ready(job, number))
-                        state.ahead += job.reader.plan.placed[number].info.nbytes
+                        state.ahead += job.reader.plan.infos[number].nbytes
                 self._change.notify_all()
         if last:
             job.check_unchanged()
@@ -262,7 +262,7 @@ class Transfer:
                         return
                     self._change.wait()
                 ready = state.completed.popleft()
-                state.ahead -= ready.job.reader.plan.placed[ready.number].info.nbytes
+                state.ahead -= ready.job.reader.plan.infos[ready.number].nbytes
                 self._change.notify_all()
             yield ready
 

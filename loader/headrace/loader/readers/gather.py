@@ -199,13 +199,15 @@ class DeviceGatherReader(DeviceReader):
 
     def fill(self, block: Block) -> None:
         assert isinstance(block, GatherBlock)
-        placed = self.plan.placed[block.segment]
+        segment = self.plan.segments[block.segment]
         buffer = self._ring.acquire()
         event: Event | None = None
         try:
             memory = buffer.memory[: block.last - block.first]
             self._gatherer.gather(block, memory)
-            self._device.copy_in(self._image(placed.image), self._offset_of(placed) + block.first, memory)
+            self._device.copy_in(
+                self._image(segment.image), self._offset(block.segment) + block.first, memory
+            )
             event = self._device.record()
         finally:
             self._ring.release(buffer, event)

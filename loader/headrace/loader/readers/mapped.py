@@ -16,16 +16,16 @@ import contextlib
 import mmap
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 import torch
 
 from headrace.loader.memory import as_bytes, cores, map_file, populate, resident
 from headrace.loader.pace import Pace
-from headrace.loader.plan import Block, FilePlan, Placed
+from headrace.loader.plan import Block, FilePlan
 from headrace.loader.readers.fetch import read_into
-from headrace.loader.readers.reader import FileReader
+from headrace.loader.readers.reader import FileReader, picked
 from headrace.loader.source import SourceFile
 from headrace.loader.verify import FileCheck
 from headrace.loader.views import shaped
@@ -92,18 +92,19 @@ class MappedReader(FileReader):
         assert self._mapping is not None  # nothing is filled or taken after close
         return self._mapping
 
-    def _copied(self, image: int, placed: Placed) -> torch.Tensor:
+    def _copied(self, image: int, number: int) -> torch.Tensor:
         # Read, not copied out of the mapping, for the same reason.
-        raw = torch.empty(placed.info.nbytes, dtype=torch.uint8)
-        read_into(self.file, as_bytes(raw), self._offset_of(placed))
-        return shaped(raw, placed.info)
+        info = self.plan.infos[number]
+        raw = torch.empty(info.nbytes, dtype=torch.uint8)
+        read_into(self.file, as_bytes(raw), self._offset(number))
+        return shaped(raw, info)
 
     def _release(self, number: int) -> None:
         self._mapping = None
 
-    def _image_of(self, placed: Placed) -> int:
+    def _image_of(self, number: int) -> int:
         return 0
 
-    def _offsets(self, placed: Iterable[Placed]) -> Iterable[int]:
+    def _offsets(self, numbers: Sequence[int]) -> Iterable[int]:
         base = self.plan.header.data_start
-        return [base + info[3] for info, _, _ in placed]
+        return [base + info[3] for info in picked(self.plan.infos, numbers)]

@@ -5,19 +5,25 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from operator import attrgetter
-from typing import ClassVar
+from operator import itemgetter
+from typing import ClassVar, TypeVar, cast
 
 import torch
 
-from headrace.cache.safetensors import collector_paused
+from headrace.cache.safetensors import TensorInfo, collector_paused
 from headrace.loader.memory import anonymous
-from headrace.loader.plan import Block, FilePlan, Placed
+from headrace.loader.plan import Block, FilePlan
 from headrace.loader.source import SourceFile
 from headrace.loader.verify import FileCheck, Run
 from headrace.loader.views import copied, empty, make_views
 
-_info, _offset = attrgetter("info"), attrgetter("offset")  # for thousands of tensors
+T = TypeVar("T")
+_name = itemgetter(0)  # of a TensorInfo
+
+
+def picked(column: Sequence[T], numbers: Sequence[int]) -> Sequence[T]:
+    """What a column says of some tensors; `numbers` ascend, so as many as there are, are all."""
+    return column if len(numbers) == len(column) else [column[number] for number in numbers]
 
 
 class FileReader(ABC):
@@ -60,9 +66,9 @@ class FileReader(ABC):
     def _arrange(self, plan: FilePlan) -> None:
         self._members: Mapping[int, Sequence[int]]
         self._position: Sequence[int]  # of each tensor among its image's members; -1: it has no bytes
-        self._some_empty = any(info[3] == info[4] for info, _, _ in plan.placed)
+        self._some_empty = any(info[3] == info[4] for info in plan.infos)
         if len(plan.images) == 1 and not self._some_empty:
-            self._position = range(len(plan.placed))
+            self._position = range(len(plan.infos))
             self._members = {0: self._position}
         else:
             self._position, self._members = self._by_image()
@@ -71,11 +77,11 @@ class FileReader(ABC):
     def _by_image(self) -> tuple[list[int], Mapping[int, Sequence[int]]]:
         positions: list[int] = []
         by_image: dict[int, list[int]] = {}
-        for number, placed in enumerate(self.plan.placed):
-            if placed.info.start == placed.info.stop:
+        for number, info in enumerate(self.plan.infos):
+            if info.start == info.stop:
                 positions.append(-1)
                 continue
-            members = by_image.setdefault(self._image_of(placed), [])
+            members = by_image.setdefault(self._image_of(number), [])
             positions.append(len(members))
             members.append(number)
         return positions, by_image
@@ -135,15 +141,15 @@ class FileReader(ABC):
         with self._images_lock:
             self._images.pop(number, None)
 
-    def _image_of(self, placed: Placed) -> int:
-        return placed.image
+    def _image_of(self, number: int) -> int:
+        return self.plan.image_of[number]
 
-    def _offsets(self, placed: Iterable[Placed]) -> Iterable[int]:
+    def _offsets(self, numbers: Sequence[int]) -> Iterable[int]:
         """Where in their images tensors lie."""
-        return map(_offset, placed)
+        return picked(self.plan.offset_of, numbers)
 
-    def _offset_of(self, placed: Placed) -> int:
-        return next(iter(self._offsets([placed])))
+    def _offset(self, number: int) -> int:
+        return next(iter(self._offsets([number])))
 
     def prepare(self) -> None:
         """Make all views now. They may be made before their bytes are there: then it costs no time later."""
@@ -152,15 +158,15 @@ class FileReader(ABC):
                 self._views_of(image)
 
     def take(self, number: int) -> torch.Tensor:
-        """The tensor `plan.placed[number]`; each may be taken once."""
-        placed = self.plan.placed[number]
-        if not placed.info.nbytes:
-            return self._empty(placed)
-        image = self._image_of(placed)
+        """The tensor `plan.infos[number]`; each may be taken once."""
+        info = self.plan.infos[number]
+        if not info.nbytes:
+            return self._empty(info)
+        image = self._image_of(number)
         with self._views_lock:
             view = self._views_of(image)[self._position[number]]
             if view is None:
-                view = self._copied(image, placed)
+                view = self._copied(image, number)
             self._untaken[image] -= 1
             if not self._untaken[image]:
                 del self._views[image]
@@ -169,18 +175,21 @@ class FileReader(ABC):
 
     def take_all(self) -> dict[str, torch.Tensor]:
         """All tensors by name, in file order."""
-        placed = self.plan.placed
+        infos = self.plan.infos
         result: dict[str, torch.Tensor] = {}
         if self._some_empty:
-            result = {one.info.name: self._empty(one) for one in placed if not one.info.nbytes}
+            result = {info.name: self._empty(info) for info in infos if not info.nbytes}
         with self._views_lock, collector_paused():
             for image, members in self._members.items():
-                for one, view in zip(self._placed(members), self._views_of(image), strict=True):
-                    result[one[0][0]] = self._copied(image, one) if view is None else view
+                views = self._views_of(image)
+                for position in [position for position, view in enumerate(views) if view is None]:
+                    views[position] = self._copied(image, members[position])
+                complete = cast("list[torch.Tensor]", views)
+                result.update(zip(map(_name, picked(infos, members)), complete, strict=True))
                 del self._views[image]
                 self._release(image)
         if self._some_empty:  # those came first
-            return {one.info.name: result[one.info.name] for one in placed}
+            return {info.name: result[info.name] for info in infos}
         return result
 
     def close(self) -> None:
@@ -193,18 +202,14 @@ class FileReader(ABC):
     def _views_of(self, image: int) -> list[torch.Tensor | None]:
         views = self._views.get(image)
         if views is None:
-            placed = self._placed(self._members[image])
-            items = zip(map(_info, placed), self._offsets(placed), strict=True)
+            members = self._members[image]
+            items = zip(picked(self.plan.infos, members), self._offsets(members), strict=True)
             views = self._views[image] = make_views(self._image(image), items)
         return views
 
-    def _placed(self, numbers: Sequence[int]) -> Sequence[Placed]:
-        placed = self.plan.placed
-        return placed if len(numbers) == len(placed) else [placed[number] for number in numbers]
-
-    def _copied(self, image: int, placed: Placed) -> torch.Tensor:
+    def _copied(self, image: int, number: int) -> torch.Tensor:
         """A tensor of its own, where no view can be made."""
-        return copied(self._image(image), (placed.info, self._offset_of(placed)))
+        return copied(self._image(image), (self.plan.infos[number], self._offset(number)))
 
-    def _empty(self, placed: Placed) -> torch.Tensor:
-        return empty(placed.info)
+    def _empty(self, info: TensorInfo) -> torch.Tensor:
+        return empty(info)

@@ -10,16 +10,17 @@ from __future__ import annotations
 import queue
 import threading
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
 import torch
 
+from headrace.cache.safetensors import TensorInfo
 from headrace.loader.memory import as_bytes
-from headrace.loader.plan import BLOCK, PAGE, Block, FilePlan, Placed
+from headrace.loader.plan import BLOCK, PAGE, Block, FilePlan
 from headrace.loader.readers.fetch import Fetch
-from headrace.loader.readers.reader import FileReader
+from headrace.loader.readers.reader import FileReader, picked
 from headrace.loader.source import SourceFile
 
 ALIGNMENT = 256
@@ -125,11 +126,13 @@ class DeviceReader(FileReader):
         # Where each tensor lies in its slab: packed anew, because alignment in the file says nothing here.
         self._places: dict[int, int] = {}
         self._sizes = [0] * len(plan.images)
-        self._filled = [placed for placed in plan.placed if placed.info.nbytes]
-        for placed in self._filled:
-            self._places[placed.info.start] = self._sizes[placed.image]
-            self._sizes[placed.image] += -(-placed.info.nbytes // ALIGNMENT) * ALIGNMENT
-        self._starts = [plan.header.data_start + placed.info.start for placed in self._filled]
+        self._filled = [
+            (info, slab) for info, slab in zip(plan.infos, plan.image_of, strict=True) if info.nbytes
+        ]
+        for info, slab in self._filled:
+            self._places[info.start] = self._sizes[slab]
+            self._sizes[slab] += -(-info.nbytes // ALIGNMENT) * ALIGNMENT
+        self._starts = [plan.header.data_start + info.start for info, _ in self._filled]
         super().__init__(file, plan)
         self._fetch = fetch
         self._device = device
@@ -162,17 +165,17 @@ class DeviceReader(FileReader):
         """What of a block goes where: (slab, offset in it, from, to in the block), neighbours joined."""
         pieces: list[tuple[int, int, int, int]] = []
         first = max(0, bisect_right(self._starts, block.start) - 1)
-        for start, placed in zip(self._starts[first:], self._filled[first:], strict=True):
+        for start, (info, slab) in zip(self._starts[first:], self._filled[first:], strict=True):
             if start >= block.stop:
                 break
-            begin, end = max(start, block.start), min(start + placed.info.nbytes, block.stop)
+            begin, end = max(start, block.start), min(start + info.nbytes, block.stop)
             if begin >= end:
                 continue
-            offset = self._places[placed.info.start] + begin - start
-            piece = (placed.image, offset, begin - block.start, end - block.start)
+            offset = self._places[info.start] + begin - start
+            piece = (slab, offset, begin - block.start, end - block.start)
             if pieces:
-                slab, before, since, until = pieces[-1]
-                if slab == piece[0] and until == piece[2] and before + until - since == offset:
+                last, before, since, until = pieces[-1]
+                if last == slab and until == piece[2] and before + until - since == offset:
                     pieces[-1] = (slab, before, since, piece[3])
                     continue
             pieces.append(piece)
@@ -181,11 +184,11 @@ class DeviceReader(FileReader):
     def _allocate(self, number: int) -> torch.Tensor:
         return self._device.allocate(self._sizes[number])
 
-    def _offsets(self, placed: Iterable[Placed]) -> Iterable[int]:
-        return [self._places[info.start] for info, _, _ in placed]
+    def _offsets(self, numbers: Sequence[int]) -> Iterable[int]:
+        return [self._places[info.start] for info in picked(self.plan.infos, numbers)]
 
-    def _empty(self, placed: Placed) -> torch.Tensor:
-        return super()._empty(placed).to(self._device.torch_device)
+    def _empty(self, info: TensorInfo) -> torch.Tensor:
+        return super()._empty(info).to(self._device.torch_device)
 
     def take(self, number: int) -> torch.Tensor:
         self._device.synchronize()
