@@ -79,7 +79,7 @@ def test_clients_of_one_reference_share_one_job(
     for thread in threads:
         thread.start()
     wait_until(lambda: [job["clients"] for job in agent.client.ask("GET", "/v1/jobs")["jobs"]] == [4])
-    assert len(agent.children()) == 1
+    wait_until(lambda: len(agent.children()) == 1)
     slow.pace = None
     for thread in threads:
         thread.join(60)
@@ -104,7 +104,7 @@ def test_a_job_ends_with_the_last_client_that_waits(agent: RunningAgent, slow: F
     assert job()["state"] == "running"
     second.close()
     wait_until(lambda: job()["state"] == "cancelled")
-    assert agent.children() == []
+    wait_until(lambda: agent.children() == [])
 
 
 def test_what_was_asked_for_without_waiting_goes_on(agent: RunningAgent, slow: FaultyServer) -> None:
