@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import http.client
+import os
 import re
+import signal
 from pathlib import Path
 
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 from support.agents import RunningAgent
-from support.command import Command
+from support.command import Command, wait_until
+from support.faulty_server import FaultyServer
+from support.mounts import needs
 from support.ports import free
+from support.redis_server import RedisServer
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "metrics.md"
 
@@ -80,3 +85,36 @@ def test_metrics_are_those_of_the_page_and_count_what_happened(
             for metric in metrics.values()
         }
         assert found == documented()
+
+
+@needs("redis-server")
+def test_what_staging_processes_do_at_the_tracker_is_counted_also_when_they_die(
+    headrace: Command, tmp_path: Path, slow: FaultyServer
+) -> None:
+    (port,) = free(1)
+    with RedisServer(tmp_path / "redis") as redis:
+        settings = {
+            "agent": {"metrics": f"127.0.0.1:{port}"},
+            "peers": {"listen": "127.0.0.1:0"},
+            "tracker": {"url": redis.url},
+        }
+        with RunningAgent(headrace, tmp_path / "agent", settings) as agent:
+
+            def counted(name: str) -> float:
+                return value(scraped(port), f"headrace_{name}")
+
+            assert counted("claims") == counted("tracker_worker_calls") == 0
+            stage = ("stage", f"{slow.url}/m/", "--chunk-size", str(64 * 1024), "--json")
+            with agent.commands().start(*stage) as client:
+                wait_until(lambda: counted("claims") > 0)
+                (staging,) = agent.children()
+                os.kill(staging, signal.SIGKILL)
+                wait_until(lambda: bool(agent.client.ask("GET", "/v1/jobs")["jobs"][0]["restarts"]))
+                claims, calls = counted("claims"), counted("tracker_worker_calls")
+                assert claims > 0
+                assert calls > 0
+                slow.pace = None
+                _, err = client.communicate(timeout=60)
+            assert client.returncode == 0, err
+            assert counted("claims") > claims
+            assert counted("tracker_worker_calls") > calls

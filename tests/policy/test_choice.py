@@ -48,6 +48,22 @@ def test_of_two_the_less_busy_is_asked(choice: Choice) -> None:
     assert set(picks(choice, NEAR[:2])) == {NEAR[0].id}
 
 
+def test_how_often_a_peer_is_left_alone_is_counted(choice: Choice) -> None:
+    strikes = Limits().strikes
+    for outcome in (Outcome.DONE, Outcome.BUSY, Outcome.CANCELLED):
+        end(choice, NEAR[0], outcome, 0.0)
+    assert choice.left_alone == 0
+    end(choice, NEAR[0], Outcome.CORRUPT, 0.0)
+    assert choice.left_alone == 1
+    # Not with each failure that follows while it is left alone already.
+    for chunk in range(strikes + 2):
+        end(choice, NEAR[1], Outcome.FAILED, 0.0, chunk)
+    assert choice.left_alone == 2
+    for chunk in range(strikes):
+        end(choice, FAR[0], Outcome.MISSING, 0.0, chunk)
+    assert choice.left_alone == 3
+
+
 def test_any_two_may_be_compared(choice: Choice) -> None:
     assert set(picks(choice, NEAR)) == {peer.id for peer in NEAR}
 

@@ -54,9 +54,12 @@ def test_a_faulty_peer_beside_a_good_one_costs_the_origin_nothing(make: Make, mo
         with relay(mode, faulty.address) as address:
             faulty.known_as(address)
             faulty.announce()
-            report = node.stage(reference)
+            job = node.job(reference)
+            report = job.start().wait()
         assert report.sources == {"origin": 0, "peer": SIZE, "local": 0}
         assert node.files() == MODEL
+        if mode == "corrupt":
+            assert job.progress.counts["peers_left_alone"] > 0
 
 
 def test_a_transfer_that_stalls_gets_company(make: Make) -> None:
@@ -70,9 +73,11 @@ def test_a_transfer_that_stalls_gets_company(make: Make) -> None:
         with relay("stall", faulty.address) as address:
             faulty.known_as(address)
             faulty.announce()
-            report = node.stage(reference)
+            job = node.job(reference)
+            report = job.start().wait()
         assert report.sources == {"origin": 0, "peer": SIZE, "local": 0}
         assert node.files() == MODEL
+        assert job.progress.counts["second_tries"] > 0
 
 
 def test_a_node_that_died_is_done_without(make: Make) -> None:

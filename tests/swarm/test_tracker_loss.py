@@ -26,8 +26,14 @@ def test_nodes_that_share_a_redis_read_each_byte_once(make_with_redis: Make, vou
     files = published(MODEL) if vouched else MODEL
     nodes = [make_with_redis() for _ in range(3)]
     with FaultyServer(below("model", files), rate=2e7) as server:
-        reports = stage_together(nodes, f"{server.url}/model")
+        jobs = [node.job(f"{server.url}/model").start() for node in nodes]
+        reports = [job.wait() for job in jobs]
         assert sent(server) == SIZE
+        assert all(job.progress.counts["tracker_calls"] > 0 for job in jobs)
+        counts = [job.progress.counts for job in jobs]
+        claims = sum(one["claims"] - one["claims_returned"] for one in counts)
+        # Headers that are read to find the chunks are not claimed again.
+        assert claims == reports[0].chunks if vouched else 0 < claims <= reports[0].chunks
         for node, report in zip(nodes, reports, strict=True):
             assert node.files() == MODEL
             assert sum(report.sources.values()) == SIZE

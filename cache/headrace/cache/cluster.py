@@ -98,12 +98,18 @@ class Cluster:
 
     @classmethod
     def open(
-        cls, settings: ClusterSettings, domain: str, note: Callable[[str], None] = lambda _: None
+        cls,
+        settings: ClusterSettings,
+        domain: str,
+        note: Callable[[str], None] = lambda _: None,
+        *,
+        called: Callable[[], None] = lambda: None,
     ) -> Cluster:
         """For one trust domain: values at the tracker are sealed with the domain's secrets.
 
         Args:
             note: told when the tracker is lost.
+            called: called with each call of the tracker.
 
         Raises:
             NotAuthenticated: a secret or certificate is missing or wrong.
@@ -125,7 +131,7 @@ class Cluster:
                     )
 
             redis = RedisTracker(settings.tracker, settings.me, secrets)
-            tracker = FailoverTracker(redis, without, changed=changed)
+            tracker = FailoverTracker(redis, without, changed=changed, called=called)
         return cls(settings.me, tracker, client, limits=settings.limits, grace=settings.grace)
 
     async def close(self) -> None:

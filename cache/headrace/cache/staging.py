@@ -352,7 +352,10 @@ async def _cluster_of(job: StagingJob, domain: str) -> AsyncIterator[Cluster | N
         # Alone, nothing of the cluster is imported.
         from headrace.cache.cluster import Cluster
 
-        cluster = Cluster.open(job.cluster, domain, job.progress.note)
+        progress = job.progress
+        cluster = Cluster.open(
+            job.cluster, domain, progress.note, called=lambda: progress.count("tracker_calls")
+        )
     try:
         yield cluster
     finally:
@@ -386,7 +389,7 @@ async def _with_workers(
         for worker in workers:
             done = await asyncio.to_thread(end, worker)
             if done:
-                job.progress.absorb(done["fetched"], done["chunks"])
+                job.progress.absorb(done["fetched"], done["chunks"], done.get("counts", {}))
     finally:
         job.pacing.share_with([])
         for worker in workers:

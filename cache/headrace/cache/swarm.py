@@ -68,6 +68,7 @@ class Swarming:
         self._wanted: set[int] = set()
         self._taken: set[int] = set()
         self._claims: set[int] = set()
+        self._granted: set[int] = set()
         self._exchange: asyncio.Task[None] | None = None
         self._news = asyncio.Event()
         self._ending = False
@@ -128,6 +129,7 @@ class Swarming:
         fetches = self._scheduler.start(now)
         if not fetches:
             return
+        self._content.progress.count("second_tries", sum(fetch.hedges is not None for fetch in fetches))
         taken = self._transfers.begin(self._group, fetches)
         if taken:
             self._taken.update(taken)
@@ -135,8 +137,10 @@ class Swarming:
         self._content.progress.connections = len(self._transfers)
 
     def _transfer_ended(self, fetch: Fetch, outcome: Outcome, queue: int) -> None:
+        before = self._scheduler.left_alone
         for loser in self._scheduler.finished(fetch, outcome, time.monotonic(), queue):
             self._transfers.cancel(loser)
+        self._content.progress.count("peers_left_alone", self._scheduler.left_alone - before)
         self._news.set()
 
     async def _origin_refused(self, error: HeadraceError, numbers: Sequence[int], since: int) -> None:
@@ -256,11 +260,21 @@ class Swarming:
         else:
             self._claims -= asked.difference(answer.claimed)
             self._claims.difference_update(request.gained, request.give_back)
+            self._count_claims(said, answer.claimed)
             self._vouched.learn(answer.digests)
             self._scheduler.answered(request, answer, time.monotonic())
         finally:
             self._exchange = None
             self._news.set()
+
+    def _count_claims(self, said: Exchange, claimed: Sequence[int]) -> None:
+        """Of those that are named again, as long as they are held, the first time counts."""
+        progress = self._content.progress
+        progress.count("claims_returned", len(self._granted.intersection(said.give_back)))
+        self._granted.difference_update(said.gained, said.give_back)
+        fresh = set(claimed) - self._granted
+        progress.count("claims", len(fresh))
+        self._granted |= fresh
 
     def _complete(self, request: Exchange) -> Exchange:
         """With what the policy knows nothing of: digests, and other stagers of this node."""
@@ -307,3 +321,4 @@ class Swarming:
         with suppress(TrackerUnavailable, TimeoutError):
             async with asyncio.timeout(_FAREWELL):
                 await self._cluster.tracker.exchange(self._swarm, last)
+                self._count_claims(last, ())

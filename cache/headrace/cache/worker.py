@@ -135,7 +135,8 @@ async def work(task: dict[str, Any], progress: Progress, pace: Pace) -> None:
                 # Alone, nothing of the cluster is imported.
                 from headrace.cache.cluster import Cluster, ClusterSettings
 
-                cluster = Cluster.open(ClusterSettings.from_json(task["cluster"]), domain.name)
+                settings = ClusterSettings.from_json(task["cluster"])
+                cluster = Cluster.open(settings, domain.name, called=lambda: progress.count("tracker_calls"))
             try:
                 await Stager(
                     store, domain, snapshot, snapshot.manifest(), origin, progress,
@@ -162,7 +163,8 @@ def main() -> NoReturn:
         # Never given back: who comes second waits for the exit.
         ending.acquire()
         try:
-            print(json.dumps({"fetched": progress.fetched, "chunks": progress.chunks, **more}), flush=True)
+            done = {"fetched": progress.fetched, "chunks": progress.chunks, "counts": progress.counts}
+            print(json.dumps({**done, **more}), flush=True)
         finally:
             # Also when nobody is there to read it.
             os._exit(code)

@@ -11,14 +11,14 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from headrace.cache.bandwidth import Class
 from headrace.cache.errors import AgentUnavailable, HeadraceError, Interrupted
 from headrace.cache.prepare import StageRequest
-from headrace.cache.progress import Progress
+from headrace.cache.progress import COUNTS, Progress
 from headrace.cache.staging import StageReport
 from headrace.prefetch import messages
 from headrace.prefetch.pacing import paces
@@ -107,7 +107,14 @@ class Job:
 
 
 class JobTable:
-    """All jobs of the agent. Used by its event loop only."""
+    """All jobs of the agent. Used by its event loop only.
+
+    Attributes:
+        counts: jobs that have ended, by state.
+        fetched: bytes of all jobs, by source.
+        done: what all jobs did in the cluster (see `COUNTS`).
+        restarts: of staging processes that had died.
+    """
 
     def __init__(
         self,
@@ -130,6 +137,7 @@ class JobTable:
         self._closed = False
         self.counts: dict[str, int] = dict.fromkeys(("staged", "failed", "cancelled"), 0)
         self.fetched: dict[str, int] = {}
+        self.done: dict[str, int] = dict.fromkeys(COUNTS, 0)
         self.restarts = 0
 
     def ask(self, request: StageRequest, watcher: Watcher) -> Job:
@@ -234,12 +242,11 @@ class JobTable:
             paces(settings.bandwidth, running)[job.of],
             self._cluster(),
         )
-        before: dict[str, int] = {}
+        seen: tuple[dict[str, int], dict[str, int]] = {}, {}
 
         def moved() -> None:
-            for source, size in job.progress.fetched.items():
-                self.fetched[source] = self.fetched.get(source, 0) + size - before.get(source, 0)
-                before[source] = size
+            _add_up(self.fetched, job.progress.fetched, seen[0])
+            _add_up(self.done, job.progress.counts, seen[1])
             job.tell()
 
         def opened(domain: str, snapshot: str) -> None:
@@ -286,6 +293,13 @@ class JobTable:
         job.tell()
         self._ended(job)
         self._schedule()
+
+
+def _add_up(total: dict[str, int], now: Mapping[str, int], before: dict[str, int]) -> None:
+    """Add what one job has more than `before`, which it is then."""
+    for name, value in now.items():
+        total[name] = total.get(name, 0) + value - before.get(name, 0)
+        before[name] = value
 
 
 def _key(request: StageRequest) -> tuple[object, ...]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from headrace.cache.errors import HeadraceError, UsageError
 from headrace.cache.prepare import StageRequest
-from headrace.cache.progress import SOURCES, Progress
+from headrace.cache.progress import COUNTS, SOURCES, Progress
 from headrace.cache.selection import Skipped
 from headrace.cache.snapshot import Selection
 from headrace.cache.stager import StagerLimits
@@ -92,6 +92,7 @@ def progress_to_json(progress: Progress) -> dict[str, Any]:
         "connections": progress.connections,
         "seconds": progress.seconds,
         "notes": list(progress.notes),
+        "counts": dict(progress.counts),
     }
 
 
@@ -103,11 +104,13 @@ class Counted:
         self._progress = progress
         self._fetched = dict.fromkeys(SOURCES, 0)
         self._chunks = 0
+        self._counts = dict.fromkeys(COUNTS, 0)
 
     def next_process(self) -> None:
         """Another process takes over."""
         self._fetched = dict(self._progress.fetched)
         self._chunks = self._progress.chunks
+        self._counts = dict(self._progress.counts)
 
     def take(self, values: Mapping[str, Any]) -> None:
         """What `progress_to_json` wrote there."""
@@ -118,6 +121,9 @@ class Counted:
         for source in progress.fetched:
             progress.fetched[source] = self._fetched.get(source, 0) + fetched.get(source, 0)
         progress.chunks = self._chunks + values.get("chunks", 0)
+        counts = values.get("counts", {})
+        for what in progress.counts:
+            progress.counts[what] = self._counts[what] + counts.get(what, 0)
         progress.phase = values.get("phase", progress.phase)
         progress.connections = values.get("connections", 0)
         for note in values.get("notes", ()):

@@ -25,6 +25,14 @@ if TYPE_CHECKING:
 
 _SECONDS = (0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800)
 
+_DONE = (
+    ("tracker_calls", "headrace_tracker_worker_calls", "Calls of the tracker by staging processes."),
+    ("claims", "headrace_claims", "Claims to read a chunk from the origin that were granted."),
+    ("claims_returned", "headrace_claims_returned", "Of these, given back without having brought the chunk."),
+    ("second_tries", "headrace_second_tries", "Slow transfers that got another one beside them."),
+    ("peers_left_alone", "headrace_peers_left_alone", "Peers left alone for wrong bytes or many failures."),
+)
+
 
 class Metrics(Collector):
     """The agent's metrics, in a registry of their own."""
@@ -120,6 +128,8 @@ class Metrics(Collector):
             "headrace_tracker_degraded", "1 while the tracker cannot be reached.", int(part.degraded)
         )
         yield _counter("headrace_tracker_calls", "Calls of the tracker by the main process.", part.calls)
+        for what, name, about in _DONE:
+            yield _counter(name, about, self._agent.jobs.done[what])
         yield _counter("headrace_tracker_lost", "How often the tracker was given up for a time.", part.lost)
 
 

@@ -34,7 +34,11 @@ class Known:
 
 
 class Choice:
-    """All that is known of peers, and the choice between them."""
+    """All that is known of peers, and the choice between them.
+
+    Attributes:
+        left_alone: how often one was left alone: for wrong bytes, or as it lied or failed again and again.
+    """
 
     def __init__(self, me: Peer, limits: Limits, random: Random) -> None:
         self._me = me
@@ -42,6 +46,7 @@ class Choice:
         self._random = random.random
         self._known: dict[str, Known] = {}
         self._denied: set[tuple[int, str]] = set()
+        self.left_alone = 0
 
     def known(self, peer: Peer) -> Known:
         """What was seen of a peer."""
@@ -130,14 +135,17 @@ class Choice:
             if peer.lies >= limits.strikes:
                 peer.until = max(peer.until, now + limits.lies)
                 peer.lies = 0
+                self.left_alone += 1
             return True
         if outcome is Outcome.CORRUPT:
             self._denied.add((chunk, peer.peer.id))
             peer.until = max(peer.until, now + limits.corrupt)
+            self.left_alone += 1
             return True
         if outcome is Outcome.FAILED:
             pause = min(limits.failed * 2.0**peer.failures, limits.most_failed)
             peer.failures = min(peer.failures + 1, 32)
+            self.left_alone += peer.failures == limits.strikes
             peer.until = max(peer.until, now + pause * (0.75 + self._random() / 2))
             # A holder that nobody can reach must not keep a chunk from being read from the origin.
             return peer.failures >= limits.strikes

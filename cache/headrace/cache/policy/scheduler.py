@@ -91,6 +91,11 @@ class Scheduler:
         """Whether nothing is absent any more."""
         return not self._left
 
+    @property
+    def left_alone(self) -> int:
+        """How often a peer was left alone for a while."""
+        return self._choice.left_alone
+
     # What happened on this node.
 
     def present(self, chunks: Iterable[int], now: float) -> None:

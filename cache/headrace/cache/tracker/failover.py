@@ -56,6 +56,7 @@ class FailoverTracker:
 
     Args:
         changed: called with True when Redis is given up for now, with False when it is back.
+        called: called before each call of Redis, to count them.
         probe: seconds between two looks whether it is back.
     """
 
@@ -65,11 +66,13 @@ class FailoverTracker:
         without: PeerTracker,
         *,
         changed: Callable[[bool], None] | None = None,
+        called: Callable[[], None] = lambda: None,
         probe: float = PROBE,
     ) -> None:
         self._redis = redis
         self._without = without
         self._changed = changed
+        self._called = called
         self._probe_every = self._pause = probe
         self._back = float("-inf")
         self._degraded = False
@@ -98,6 +101,7 @@ class FailoverTracker:
 
     async def unregister(self) -> None:
         if not self._degraded:
+            self._called()
             await self._redis.unregister()
 
     async def members(self) -> list[Peer]:
@@ -123,6 +127,7 @@ class FailoverTracker:
         if self._degraded:
             self._left.add(swarm)
         else:
+            self._called()
             await self._redis.leave(swarm)
 
     async def exchange(self, swarm: Swarm, request: Exchange) -> Answer:
@@ -151,20 +156,31 @@ class FailoverTracker:
 
     async def add_kin(self, key: str, snapshot_id: str) -> None:
         if not self._degraded:
+            self._called()
             await self._redis.add_kin(key, snapshot_id)
 
     async def kin(self, key: str) -> list[str]:
-        return [] if self._degraded else await self._redis.kin(key)
+        if self._degraded:
+            return []
+        self._called()
+        return await self._redis.kin(key)
 
     async def once(self, key: str, max_age: float, ask: Callable[[], Awaitable[bytes]]) -> bytes:
-        return await (self._without if self._degraded else self._redis).once(key, max_age, ask)
+        if self._degraded:
+            return await self._without.once(key, max_age, ask)
+        self._called()
+        return await self._redis.once(key, max_age, ask)
 
     async def remember(self, key: str, value: bytes, seconds: float) -> None:
         if not self._degraded:
+            self._called()
             await self._redis.remember(key, value, seconds)
 
     async def recall(self, key: str) -> bytes | None:
-        return None if self._degraded else await self._redis.recall(key)
+        if self._degraded:
+            return None
+        self._called()
+        return await self._redis.recall(key)
 
     async def close(self) -> None:
         for task in (self._probing, self._meeting):
@@ -182,12 +198,14 @@ class FailoverTracker:
         if self._degraded:
             return None
         begun = time.monotonic()
+        self._called()
         try:
             return await call()
         except TrackerUnavailable as error:
             failed = error
         if time.monotonic() - begun < SLOW and not self._degraded:
             await asyncio.sleep(PAUSE * (0.5 + random.random()))
+            self._called()
             try:
                 return await call()
             except TrackerUnavailable as error:
@@ -210,6 +228,7 @@ class FailoverTracker:
         """Look whether Redis is there again, until it is."""
         while True:
             await asyncio.sleep(self._pause * (0.75 + random.random() / 2))
+            self._called()
             try:
                 self._know(await self._redis.members())
             except TrackerUnavailable as error:
@@ -223,6 +242,7 @@ class FailoverTracker:
             self._changed(False)
         left, self._left = self._left, set()
         for swarm in left:
+            self._called()
             await self._redis.leave(swarm)
 
     def _meet(self) -> None:
@@ -233,6 +253,7 @@ class FailoverTracker:
         self._meeting = asyncio.create_task(self._ask_members())
 
     async def _ask_members(self) -> None:
+        self._called()
         with suppress(TrackerUnavailable):
             self._know(await self._redis.members())
 
