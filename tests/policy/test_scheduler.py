@@ -445,6 +445,16 @@ class TestSecondTries:
         assert second.peer == NEAR[1]
         assert second.hedges == fetch.number
 
+    def test_no_other_holder_is_looked_for_when_the_chunk_is_here_meanwhile(self) -> None:
+        one = scheduler(2)
+        fetches(one, 0.0, NEAR[0])
+        at = one.wake(0.0)
+        assert one.start(at) == []
+        one.present([0], at)
+        request = asked(one, at)
+        assert list(request.gained) == [0]
+        assert list(request.wanted) == [1]
+
     def test_reading_the_origin_has_no_second_try(self) -> None:
         one = scheduler(1)
         one.answered(asked(one, 0.0), Answer(claimed=(0,)), 0.0)

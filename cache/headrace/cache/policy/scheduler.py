@@ -388,8 +388,10 @@ class Scheduler:
         return max(0, self._growth.target - len(self._flights.origin) - len(self._claims))
 
     def _choose(self, most: int) -> list[int]:
-        batch = self._limits.batch
-        second = [chunk for chunk, flight in self._second.items() if not flight.over][:batch]
+        batch, state = self._limits.batch, self._board.state
+        # Not what came by another way meanwhile: who wants a chunk says that it does not hold it.
+        late = (chunk for chunk, flight in self._second.items() if not flight.over)
+        second = [chunk for chunk in late if state[chunk] == _FLYING][:batch]
         return second + self._board.choose(min(most, batch - len(second)))
 
     def _put_rest(self, request: Exchange, answer: Answer, now: float) -> None:
