@@ -466,6 +466,24 @@ class TestSecondTries:
         fetches(one, 0.0, *NEAR[:2])
         assert one.start(1e6) == []
 
+    def test_what_somebody_comes_to_wait_for_has_them_from_then_on(self) -> None:
+        one = scheduler(2, limits=Limits(demand=False))
+        first, other = fetches(one, 0.0, *NEAR[:2])
+        assert one.start(100.0) == []
+        one.set_demand(True)
+        # Those that are late already are so at once.
+        assert one.wake(100.0) == 100.0
+        (second,) = one.start(100.0)
+        assert second.hedges in (first.number, other.number)
+        assert second.peer not in (first.peer if second.hedges == first.number else other.peer, None)
+
+    def test_what_nobody_waits_for_any_more_has_none_from_then_on(self) -> None:
+        one = scheduler(1)
+        fetches(one, 0.0, *NEAR[:2])
+        one.set_demand(False)
+        assert one.start(1e6) == []
+        assert one.wake(1e6) == inf
+
     def test_few_transfers_get_a_second_try(self) -> None:
         one = scheduler(2000, limits=without_pauses(Limits(window=1.0, least_window=2000)))
         begun = seconds = 0

@@ -58,6 +58,7 @@ class Driven:
         self.plan = list(range(CHUNKS)) if plan is None else plan
         self.one = Scheduler(sizes=self.sizes, order=plan, me=ME, seed=choose(range(100)), limits=self.limits)
         self.now = 0.0
+        self.demand = self.demanded = self.limits.demand
         self.asking: Exchange | None = None
         self.flying: dict[int, Fetch] = {}
         self.here: set[int] = set()
@@ -102,10 +103,17 @@ class Driven:
                 self.take,
                 self.free,
                 self.want,
+                self.change_class,
             ]
         )(choose)
         self.start()
         self.check()
+
+    def change_class(self, choose: Choose) -> None:
+        """Somebody comes to wait, or nobody does any more."""
+        self.demand = choose([False, True])
+        self.demanded = self.demanded or self.demand
+        self.one.set_demand(self.demand)
 
     def wait(self, choose: Choose) -> None:
         self.now += choose([0.0, 0.001, 0.05, 0.5, 3.0, 100.0])
@@ -125,7 +133,7 @@ class Driven:
         assert len(set(request.wanted)) == len(request.wanted)
         assert not set(request.wanted) & (self.here | self.taken)
         open_now = set(self.plan[: self.edge]) | self.wanted
-        if not self.limits.demand:
+        if not self.demanded:
             assert set(request.wanted) <= open_now
         assert set(request.gained) <= self.here
         assert not set(request.lost) & self.here
@@ -188,7 +196,7 @@ class Driven:
                 assert fetch.peer is not None
                 assert twins[0].peer is not None
                 assert fetch.peer.id != twins[0].peer.id
-                assert self.limits.demand
+                assert self.demand
             if fetch.peer is None:
                 assert chunk in self.claimed
                 self.claimed.remove(chunk)
@@ -196,7 +204,7 @@ class Driven:
                 assert fetch.peer.id in self.named[chunk]
                 assert (chunk, fetch.peer.id) not in self.denied
                 assert self.banned.get(fetch.peer.id, -1.0) <= self.now
-            if not self.limits.demand and fetch.peer is not None:
+            if not self.demanded and fetch.peer is not None:
                 assert chunk in self.plan[: self.edge] or chunk in self.wanted
             self.flying[fetch.number] = fetch
 

@@ -80,6 +80,33 @@ def test_a_transfer_that_stalls_gets_company(make: Make) -> None:
         assert job.progress.counts["second_tries"] > 0
 
 
+def test_a_transfer_that_stalls_gets_company_when_somebody_comes_to_wait_for_it(make: Make) -> None:
+    patient = PeerTimeouts(connect=600.0, first_byte=600.0, stall=600.0)
+    with FaultyServer(below("model", MODEL)) as server:
+        good, faulty = make(), make()
+        node = make(limits=Limits(hedge=0.1, hedge_share=1.0), timeouts=patient)
+        reference = f"{server.url}/model"
+        stage_together([good, faulty], reference)
+        with relay("stall", faulty.address) as address:
+            faulty.known_as(address)
+            faulty.announce()
+            job = node.job(reference)
+            job.set_pace("prestage", {})
+            job.start()
+            done = -1
+            while job.progress.done != done or not done:
+                done = job.progress.done
+                time.sleep(0.5)
+            # All that is left hangs, for as long as nobody waits.
+            assert not job.ended
+            assert job.progress.counts["second_tries"] == 0
+            job.set_pace("demand", {})
+            report = job.wait()
+        assert report.sources == {"origin": 0, "peer": SIZE, "local": 0}
+        assert node.files() == MODEL
+        assert job.progress.counts["second_tries"] > 0
+
+
 def test_a_node_that_died_is_done_without(make: Make) -> None:
     with FaultyServer(below("model", MODEL)) as server:
         dead, node = make(), make(**QUICK)

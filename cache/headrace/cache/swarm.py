@@ -105,6 +105,7 @@ class Swarming:
             self._copy(local)
             while not self._ending:
                 self._observe()
+                self._scheduler.set_demand(self._content.pace.demand)
                 if self._content.pace.rate("origin") == 0:
                     # Others may read what this node is not allowed to.
                     self._transfers.cancel_origin()

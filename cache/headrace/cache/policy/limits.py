@@ -39,7 +39,7 @@ class Limits:
         strikes: failures in a row, or lies, after which a peer's word is not believed.
         lies: how long a peer that lied so often is left alone.
         corrupt: how long a peer is left alone that sent wrong bytes.
-        demand: somebody waits: without it no transfer gets a second try.
+        demand: somebody waits when the run begins: while nobody does no transfer gets a second try.
     """
 
     window: float = 0.05

@@ -53,6 +53,7 @@ class Scheduler:
         random = Random(seed)
         self._sizes = sizes
         self._limits = limits
+        self._demand = limits.demand
         self._random = random.random
         self._window = Window(sizes, order, limits.window, limits.least_window)
         self._board = Board(len(sizes), random.random)
@@ -138,6 +139,10 @@ class Scheduler:
             elif state[chunk] in (Stand.CLOSED, Stand.POOL, Stand.LATER):
                 self._offer(chunk)
                 self._pace.hasten(-inf)
+
+    def set_demand(self, demand: bool) -> None:
+        """Somebody waits for this run from now on, or nobody any more: see `Limits.demand`, for how it begins."""
+        self._demand = demand
 
     # The tracker.
 
@@ -255,7 +260,7 @@ class Scheduler:
             fetches.append(flights.begin(chunk, self._sizes[chunk], source, holders, now).fetch)
         for chunk, holders in full:
             board.know(chunk, self._rank(chunk), holders)
-        if flights.late_at <= now and limits.demand:
+        if flights.late_at <= now and self._demand:
             fetches.extend(self._hedges(now))
         return fetches
 
@@ -301,7 +306,7 @@ class Scheduler:
 
     def wake(self, now: float) -> float:
         """When to call `ask` and `start` again if nothing happens before; infinite: not before something does."""
-        at = self._flights.late_at if self._limits.demand else inf
+        at = self._flights.late_at if self._demand else inf
         if self._asking is None:
             board = self._board
             speak = min(self._news.due, self._keep_at)
