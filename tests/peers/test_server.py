@@ -16,6 +16,7 @@ from support.peers import KEYS, Held, answer, asking, connection, held, open_fil
 from headrace.cache.bandwidth import PIECE, Bandwidth, Class
 from headrace.cache.errors import NotAuthenticated, PeerBusy, PeerError, PeerMissing, UsageError
 from headrace.cache.numbering import Numbering, unpack
+from headrace.cache.peers.connection import Connection
 from headrace.cache.peers.protocol import MAX_HEAD, Ask
 from headrace.cache.peers.security import Security
 from headrace.cache.peers.server import PeerServer
@@ -533,3 +534,35 @@ def test_an_error_of_the_peer_is_one_sentence(shelf: Store) -> None:
 def server_free(text: str) -> bool:
     """No path of the server's machine in it."""
     return "/tmp" not in text and "/domains" not in text
+
+
+def test_a_connection_that_comes_to_rest_just_when_the_server_stops_keeps_nobody_waiting(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    coming, looked = threading.Event(), threading.Event()
+
+    class Late(Connection):
+        """Comes to rest when the server has looked for those that rest."""
+
+        @property
+        def idle(self) -> bool:
+            return self._idle
+
+        @idle.setter
+        def idle(self, idle: bool) -> None:
+            if idle:
+                coming.set()
+                looked.wait(LATE)
+            self._idle = idle
+
+    monkeypatch.setattr("headrace.cache.peers.server.Connection", Late)
+    server = PeerServer(store)
+    server.start()
+    with connection(server) as sock:
+        assert coming.wait(LATE)
+        stopping = threading.Thread(target=server.stop, args=(LATE,))
+        stopping.start()
+        time.sleep(0.2)
+        looked.set()
+        assert sock.recv(1) == b""
+        stopping.join()

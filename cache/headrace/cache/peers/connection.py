@@ -64,9 +64,12 @@ class Connection:
                     self._count_refused()
                     return
             rest = b""
-            while not self._serving.draining and self._since == self._serving.reloaded:
+            while True:
                 self._sock.settimeout(self._serving.limits.idle)
+                # Idle first: who ends what is idle has said so before it looks, so one of the two sees the other.
                 self.idle = True
+                if self._serving.draining or self._since != self._serving.reloaded:
+                    return
                 try:
                     head, rest = read_head(self._sock, rest, self._serving.limits.head)
                 except PeerError as error:
