@@ -333,3 +333,30 @@ def test_a_service_that_sentinel_does_not_know_is_said(
 ) -> None:
     _, _, settings = watched
     assert "Sentinel" in refusal(replace(settings, url=settings.url.replace("/main", "/other")))
+
+
+@pytest.mark.parametrize("connected", [False, True])
+def test_a_call_that_is_cancelled_at_any_moment_ends_so(
+    redis_settings: TrackerSettings, connected: bool
+) -> None:
+    me = Peer("one", "one:1")
+
+    async def cancelled_after(steps: int) -> bool:
+        """Whether it had not ended before."""
+        async with Nodes(redis_settings) as nodes:
+            node = nodes.add("one")
+            if connected:
+                await node.register(me, 60)
+            task = asyncio.create_task(node.register(me, 60))
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            if not task.cancel():
+                return False
+            await asyncio.wait([task])
+            assert task.cancelled(), f"after {steps} steps of the event loop it was lost"
+            return True
+
+    steps = 0
+    while asyncio.run(cancelled_after(steps)):
+        steps += 1 + steps // 20
+    assert steps > 2

@@ -51,7 +51,6 @@ class Membership:
         self._cluster: Cluster | None = None
         self._beating: asyncio.Task[None] | None = None
         self._due = asyncio.Event()
-        self._leaving = False
         self.announced: dict[str, Swarm] = {}
         self._renew_at = 0.0
         self.me: Peer | None = None
@@ -95,8 +94,6 @@ class Membership:
     async def stop(self) -> None:
         """Be known no more, and let uploads end."""
         if self._beating is not None:
-            self._leaving = True
-            self._due.set()
             self._beating.cancel()
             await asyncio.wait([self._beating])
         if self._cluster is not None:
@@ -165,8 +162,7 @@ class Membership:
     async def _beat(self, cluster: Cluster, me: Peer) -> None:
         """Live, learn who else does, and announce what is held when it is new or about to be forgotten."""
         every = max(0.1, self._settings.peers["heartbeat"])
-        # Not cancellation alone: a library that it comes to may take it for a failed connection.
-        while not self._leaving:
+        while True:
             try:
                 await self._once(cluster, me, every)
             except TrackerUnavailable as error:
@@ -177,7 +173,7 @@ class Membership:
                 # Without heartbeats the node is dead to the others: what is not foreseen must not end them.
                 log.exception("the heartbeat failed")
             try:
-                async with asyncio.timeout(0 if self._leaving else every):
+                async with asyncio.timeout(every):
                     await self._due.wait()
             except TimeoutError:
                 pass

@@ -183,11 +183,10 @@ class FailoverTracker:
         return await self._redis.recall(key)
 
     async def close(self) -> None:
-        for task in (self._probing, self._meeting):
-            if task is not None:
-                task.cancel()
-                with suppress(asyncio.CancelledError):
-                    await task
+        tasks = [task for task in (self._probing, self._meeting) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         await self._without.close()
         await self._redis.close()
 

@@ -152,7 +152,9 @@ def _clients(settings: TrackerSettings) -> tuple[Redis, list[Redis]]:
     """A client of the server, and those of the Sentinels that know where it is."""
     _check_files(settings)
     common: dict[str, Any] = {
-        "socket_timeout": settings.timeout,
+        # Every call has its time from `_do` and `commands`. The library keeps its own with `asyncio.wait_for`, which
+        # before Python 3.12 loses a cancellation that comes when the bytes are just written: the call then goes on.
+        "socket_timeout": None,
         "socket_connect_timeout": settings.timeout,
         # A connection that a restart of the server has cut is found out at the next call, and replaced.
         "retry": Retry(NoBackoff(), 1),

@@ -98,7 +98,6 @@ async def _kept(notes: Notes, key: str, token: str, lease: float) -> AsyncIterat
         yield
     finally:
         renewal.cancel()
-        with suppress(asyncio.CancelledError):
-            await renewal
+        await asyncio.gather(renewal, return_exceptions=True)
         with suppress(TrackerUnavailable):
             await notes.unlock(key, token)
