@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import ssl
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from support.certificates import Authority
 from support.peers import KEYS, SECRET, Held, answer, asking, connection, held, peer, read, send_get
 
+from headrace.cache.cluster import Cluster, ClusterSettings
 from headrace.cache.errors import NotAuthenticated, PeerError
 from headrace.cache.peers import tokens
 from headrace.cache.peers.client import PeerClient, PeerTimeouts
@@ -166,6 +169,42 @@ def test_secrets_can_be_changed_one_node_after_the_other(store: Store, filled: H
                 asking(lambda c: c.held(peer(server), "default", filled.snapshot, 4), other)
         with pytest.raises(NotAuthenticated):
             asking(lambda c: c.held(peer(server), "default", filled.snapshot, 4), stages[0])
+
+
+def test_a_long_run_reads_the_secrets_again_when_they_are_refused(
+    store: Store, filled: Held, tmp_path: Path
+) -> None:
+    file = tmp_path / "secret"
+    file.write_text("the secret until now")
+    settings = ClusterSettings(Peer("me", "me:1"), security=SecurityFiles({"default": str(file)}))
+
+    async def work(server: PeerServer) -> None:
+        cluster = Cluster.open(settings, "default")
+
+        async def ask() -> None:
+            await cluster.client.held(peer(server), "default", filled.snapshot, 4)
+
+        try:
+            await ask()
+            server.reload(Security.shared(default="the secret from now on"))
+            # Not changed here, or wrong: it is refused, and the next time, too.
+            for text in ("the secret until now", "short"):
+                file.write_text(text)
+                with pytest.raises(NotAuthenticated):
+                    await ask()
+            file.write_text("the secret from now on")
+            async with asyncio.timeout(60):
+                while True:
+                    with suppress(NotAuthenticated):
+                        await ask()
+                        break
+                    await asyncio.sleep(0.05)
+            await asyncio.gather(*(ask() for _ in range(8)))
+        finally:
+            await cluster.close()
+
+    with PeerServer(store, Security.shared(default="the secret until now")) as server:
+        asyncio.run(work(server))
 
 
 def test_a_client_takes_other_secrets_while_it_runs(server: PeerServer) -> None:

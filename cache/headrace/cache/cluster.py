@@ -117,7 +117,7 @@ class Cluster:
             MissingDependency: its client library is not installed.
         """
         security = settings.security.load()
-        client = PeerClient(security, timeouts=settings.timeouts)
+        client = PeerClient(security, timeouts=settings.timeouts, again=settings.security.load)
         tracker: Tracker
         tracker = without = PeerTracker(settings.me, settings.static, client, domain)
         if settings.tracker is not None:

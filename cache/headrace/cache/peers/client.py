@@ -44,6 +44,7 @@ from headrace.cache.tracker.protocol import Peer
 
 _MOST_IDLE = 64
 _MOST_WAIT = 60.0
+_AGAIN = 1.0  # seconds between two looks whether the secrets were changed
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +90,8 @@ class PeerClient:
 
     Args:
         connections: requests at once, at most; more wait.
+        again: reads the secrets once more, which a long run needs when they are changed: asked when another node
+            refuses those in use. Raises NotAuthenticated.
     """
 
     def __init__(
@@ -97,7 +100,10 @@ class PeerClient:
         *,
         timeouts: PeerTimeouts | None = None,
         connections: int = 64,
+        again: Callable[[], Security] | None = None,
     ) -> None:
+        self._again = again
+        self._again_at = float("-inf")
         self._security = security or Security()
         self._timeouts = timeouts or PeerTimeouts()
         self._context = self._security.client_context()
@@ -238,6 +244,9 @@ class PeerClient:
                         f"the peer {peer.address} closed the connection without an answer."
                     ) from None
                 # A peer may close a connection that rests.
+            except NotAuthenticated:
+                if not self._renewed(exchange.security):
+                    raise
             except TimeoutError:
                 raise PeerError(f"the peer {peer.address} sent nothing for too long.") from None
             except ssl.SSLError as error:
@@ -249,6 +258,18 @@ class PeerClient:
                     self._keep(connection, peer.address)
                 else:
                     connection.close()
+
+    def _renewed(self, refused: Security) -> bool:
+        """Whether there are other secrets by now than those that were refused."""
+        now = time.monotonic()
+        if self._again is not None and self._security is refused and now >= self._again_at:
+            self._again_at = now + _AGAIN
+            # A file that is wrong, or just being written, changes nothing.
+            with contextlib.suppress(NotAuthenticated):
+                found = self._again()
+                if found.secrets != refused.secrets:
+                    self.reload(found)
+        return self._security is not refused
 
     def _rested(self, address: str) -> _Connection | None:
         now = time.monotonic()
@@ -318,7 +339,7 @@ class _Exchange:
         self._sock = connection.sock
         self._address = address
         self._timeouts = timeouts
-        self._security = security
+        self.security = security
         self._body = body
 
     def run(self, ask: Ask, of: Class) -> Head:
@@ -342,7 +363,7 @@ class _Exchange:
         return head
 
     def _secret(self, ask: Ask) -> Secret | None:
-        return self._security.signing(ask.domain) if ask.domain else self._security.any_signing()
+        return self.security.signing(ask.domain) if ask.domain else self.security.any_signing()
 
     def _refused(self, head: Head, rest: bytes) -> None:
         """Raise what an answer that is no success means."""
