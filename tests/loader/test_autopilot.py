@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ from support.tensors import bits
 from headrace.cache.safetensors import read_header
 from headrace.loader import history, load
 from headrace.loader.choose import choose
+from headrace.loader.memory import about_resident
 from headrace.loader.pace import ENOUGH, Kind, Pace
 from headrace.loader.plan import Selection, plan_file
 from headrace.loader.readers.mapped import MappedReader
@@ -225,6 +227,48 @@ def test_a_user_who_may_not_ask_the_kernel_is_not_told_that_everything_is_there(
     cold, warm = map(float, answer.stdout.split())
     assert cold <= 0.2
     assert warm == 1.0
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> Path:
+    """256 MiB in one tensor, which take no room on the disk."""
+    path = tmp_path / "large.safetensors"
+    header = json.dumps({"t": {"dtype": "U8", "shape": [256 * MIB], "data_offsets": [0, 256 * MIB]}}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    os.truncate(path, 8 + len(header) + 256 * MIB)
+    return path
+
+
+@pytest.mark.parametrize("block", [MIB, 8 * MIB])
+@pytest.mark.parametrize("present", [0.0, 0.5, 1.0])
+def test_a_few_parts_tell_how_much_of_a_large_file_the_page_cache_holds(
+    present: float, block: int, large: Path
+) -> None:
+    arrange(large, present, block)
+    with large.open("rb") as file:
+        found = about_resident(file.fileno(), 0, 256 * MIB)
+    assert found is not None
+    assert abs(found - present) <= 0.15
+    assert present == 0.5 or found == present
+
+
+def test_a_mapped_file_whose_rest_was_not_there_has_it_read_at_once(large: Path) -> None:
+    file = LocalFile(large, large.name)
+    plan = plan_file(large.name, read_header(large), Selection())
+    reader = MappedReader(file, plan)  # as if all of it had been found in the page cache
+    waits = []
+    try:
+        first, second, *_ = reader.blocks()
+        drop(large)
+        for block in (first, second):
+            before = resource.getrusage(resource.RUSAGE_THREAD).ru_majflt
+            reader.read(block)
+            waits.append(resource.getrusage(resource.RUSAGE_THREAD).ru_majflt - before)
+    finally:
+        reader.close()
+        file.close()
+    assert waits[0] > 0
+    assert waits[1] <= waits[0] / 4
 
 
 # -- that it changes its mind ---------------------------------------------------------------------------

@@ -82,6 +82,9 @@ def _tensor(colon: str, comma: str) -> re.Pattern[str]:
     )
 
 
+_tensor(":", ",")  # as nearly every writer writes; compiling it takes a millisecond of a load
+
+
 def _columns(text: str, metadata: Any, dtype_bits: Mapping[str, int]) -> Columns | None:
     # The separators of the first tensor are those of all.
     beginning = _BEGINNING.match(text)

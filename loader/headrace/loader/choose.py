@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from headrace.cache.errors import UsageError
-from headrace.loader.memory import resident
+from headrace.loader.memory import about_resident
 from headrace.loader.pace import Pace
 from headrace.loader.plan import FilePlan
 from headrace.loader.readers.adaptive import AdaptiveFetch
@@ -160,11 +160,11 @@ def _mapping_is_faster(part: float, pace: Pace) -> bool:
 
 
 def _present(file: SourceFile, plan: FilePlan) -> float | None:
-    """The part of what will be read that the page cache holds."""
+    """The part of what will be read that the page cache holds, about."""
     if not plan.segments:
         return 1.0
     # Of selections, all that lies between is asked about too.
-    return resident(file.fileno(), plan.segments[0].start, plan.segments[-1].stop)
+    return about_resident(file.fileno(), plan.segments[0].start, plan.segments[-1].stop)
 
 
 def _is_partly_absent(file: SourceFile, plan: FilePlan) -> bool:

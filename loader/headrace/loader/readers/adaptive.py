@@ -6,12 +6,10 @@ Every block is asked about when its turn comes, so what another process brings i
 
 from __future__ import annotations
 
-import contextlib
-import os
 import time
 from collections.abc import Iterator
 
-from headrace.loader.memory import resident
+from headrace.loader.memory import ask_for, resident
 from headrace.loader.pace import Pace, Way
 from headrace.loader.plan import PAGE
 from headrace.loader.readers.direct import DirectFetch, DirectRefusedError
@@ -77,8 +75,7 @@ class AdaptiveFetch:
                 return
         # Asked for beforehand, these bytes are read at once and nothing is read ahead of them: that would come
         # twice, because the next block is probably being read directly.
-        with contextlib.suppress(OSError):  # advice
-            os.posix_fadvise(self._file.fileno(), start, stop - start, os.POSIX_FADV_WILLNEED)
+        ask_for(self._file.fileno(), start, stop)
         self._buffered.bring(pages, start, stop)
         self._done("buffered", stop - start, began)
 

@@ -23,9 +23,9 @@ import torch
 
 from headrace.loader.cuts import Comb
 from headrace.loader.gathering import SCRATCH, GatherBlock, GatherPlan, Way
-from headrace.loader.memory import anonymous, as_bytes, resident
+from headrace.loader.memory import anonymous, as_bytes, ask_for, resident
 from headrace.loader.plan import PAGE, Block
-from headrace.loader.readers.fetch import BufferedFetch, read_into, unreadable
+from headrace.loader.readers.fetch import BufferedFetch, read_into
 from headrace.loader.readers.reader import FileReader
 from headrace.loader.sinks.device import Device, DeviceReader, Event, Ring
 from headrace.loader.source import SourceFile
@@ -82,10 +82,7 @@ class Gatherer:
             return
         data_start = self._plan.header.data_start
         for start, stop in comb.pieces(block.first, block.last):
-            try:
-                os.posix_fadvise(descriptor, data_start + start, stop - start, os.POSIX_FADV_WILLNEED)
-            except OSError as error:
-                raise unreadable(self._file, data_start + start, error) from error
+            ask_for(descriptor, data_start + start, data_start + stop)
 
     def _tooth_by_tooth(self, comb: Comb, block: GatherBlock, target: torch.Tensor) -> None:
         memory = as_bytes(target)

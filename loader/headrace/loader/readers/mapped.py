@@ -12,16 +12,15 @@ kills the process (SIGBUS). The buffered read path is proof against that.
 
 from __future__ import annotations
 
-import contextlib
 import mmap
-import os
+import resource
 import time
 from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 import torch
 
-from headrace.loader.memory import as_bytes, cores, map_file, populate, resident
+from headrace.loader.memory import as_bytes, ask_for, cores, map_file, populate, resident
 from headrace.loader.pace import Pace
 from headrace.loader.plan import Block, FilePlan
 from headrace.loader.readers.fetch import read_into
@@ -49,6 +48,7 @@ class MappedReader(FileReader):
         """
         super().__init__(file, plan)
         self._absent = absent
+        self._ask = absent is not None
         if file.complete and absent is None:
             self.block_size = _PRESENT_BLOCK
             self.threads = cores()  # nothing is waited for
@@ -61,8 +61,11 @@ class MappedReader(FileReader):
 
     def fill(self, block: Block) -> None:
         began = time.perf_counter()
-        fetched = self._absent is not None and self._ask_for(block)
+        fetched = self._ask and self._ask_for(block)
+        waits = _waits()
         populate(self._image(0), block.start, block.stop, self.file.path)
+        if not self._ask and _waits() != waits:
+            self._ask = True  # what was looked at was in the page cache, not so what lies between
         if fetched and self._absent is not None:
             self._absent.record("mapped", block.stop - block.start, time.perf_counter() - began)
         if self.check is not None:
@@ -74,10 +77,7 @@ class MappedReader(FileReader):
         part = resident(self.file.fileno(), block.start, block.stop)
         if part == 1.0:
             return False
-        with contextlib.suppress(OSError):  # advice; where it is not taken, populating does it alone
-            os.posix_fadvise(
-                self.file.fileno(), block.start, block.stop - block.start, os.POSIX_FADV_WILLNEED
-            )
+        ask_for(self.file.fileno(), block.start, block.stop)
         return part == 0.0
 
     def _show(self, check: FileCheck, block: Block) -> None:
@@ -108,3 +108,8 @@ class MappedReader(FileReader):
     def _offsets(self, numbers: Sequence[int]) -> Iterable[int]:
         base = self.plan.header.data_start
         return [base + info[3] for info in picked(self.plan.infos, numbers)]
+
+
+def _waits() -> int:
+    """How often this thread has waited for a page that had to be read."""
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_majflt
