@@ -41,6 +41,8 @@ from headrace.cache.publish import publish
 MB, MIB, MBIT = 1e6, 1 << 20, 1e6 / 8
 ORIGIN, NODE, SLOW = 800.0, 400.0, 50.0
 """Mbit/s."""
+BODY_RATE = MBIT * 1448 / 1514
+"""Bytes per second of bodies for each Mbit/s of a link, which also carries the headers of Ethernet, IP and TCP."""
 AGE = "10m"
 """For so long nodes that join believe what the cluster found out about a reference."""
 BODY, LAST, MOVED, AGREE = 1.02, 1.5, 0.07, 0.25
@@ -305,10 +307,10 @@ def topologies(bench: Bench, model: Model, chunk: int, nodes: int, verdicts: Ver
             nodes=nodes,
             model=size,
             chunk=chunk,
-            up=links.node * MBIT,
-            down=links.node * MBIT,
-            slow_rate=links.slow * MBIT,
-            origin=links.origin * MBIT,
+            up=links.node * BODY_RATE,
+            down=links.node * BODY_RATE,
+            slow_rate=links.slow * BODY_RATE,
+            origin=links.origin * BODY_RATE,
             death_at=half,
         )
         with bench.cluster(nodes) as cluster:

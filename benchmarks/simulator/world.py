@@ -13,6 +13,7 @@ from benchmarks.simulator.case import Case, llama
 from benchmarks.simulator.curve import Curve, Tensors
 from benchmarks.simulator.links import Link, Network, Queued, Shared, Transfer
 
+from headrace.cache.policy.crowds import Crowds
 from headrace.cache.policy.fetch import Fetch, Outcome
 from headrace.cache.policy.scheduler import Scheduler
 from headrace.cache.tracker.memory import MemorySwarms
@@ -33,13 +34,14 @@ class Node:
 
     Attributes:
         flying: its transfers, by their number in the policy.
-        uploads: transfers from it.
+        uploads: transfers from it, and when they began; crowds: the same by chunk.
         wake_at: when it is looked at next if nothing happens to it.
         finished: when it had everything; infinite before.
         here: chunks that it has, verified.
     """
 
     __slots__ = (
+        "crowds",
         "curve",
         "dead",
         "down",
@@ -66,7 +68,8 @@ class Node:
         self.down = Link(down)
         self.scheduler: Scheduler
         self.flying: dict[int, Transfer] = {}
-        self.uploads: dict[Transfer, None] = {}
+        self.uploads: dict[Transfer, float] = {}
+        self.crowds = Crowds()
         self.wake_at = inf
         self.joined = 0.0
         self.finished = inf
@@ -187,8 +190,7 @@ class World:
             self._unfinished -= 1
         for transfer in list(node.flying.values()):
             self._network.cut(transfer, self.now)
-            if transfer.source >= 0:
-                self.nodes[transfer.source].uploads.pop(transfer, None)
+            self._uploaded(transfer, whole=False)
         for transfer in list(node.uploads):
             self._network.cut(transfer, self.now)
             transfer.over = False
@@ -273,10 +275,11 @@ class World:
         trip = case.latency if source.zone == node.zone else case.far
         if source.dead:
             self._later(now + trip, self._fail, transfer, _FAILED)
-        elif len(source.uploads) >= case.slots:
+        elif len(source.uploads) >= case.slots or source.crowds.full(chunk, now):
             self._later(now + trip, self._fail, transfer, _BUSY)
         else:
-            source.uploads[transfer] = None
+            source.uploads[transfer] = now
+            source.crowds.begin(chunk, now)
             links: tuple[Link, ...] = (source.up, node.down)
             if self._out and source.zone != node.zone:
                 links = (source.up, self._out[source.zone], self._in[node.zone], node.down)
@@ -294,7 +297,7 @@ class World:
             counts.origin += size
         else:
             source = self.nodes[transfer.source]
-            source.uploads.pop(transfer, None)
+            self._uploaded(transfer, whole=True)
             queue = len(source.uploads)
             counts.peers += size
             if source.zone != node.zone:
@@ -317,9 +320,16 @@ class World:
         transfer = node.flying.pop(fetch.number)
         self._network.cut(transfer, self.now)
         self.counts.cut += transfer.size
-        if transfer.source >= 0:
-            self.nodes[transfer.source].uploads.pop(transfer, None)
+        self._uploaded(transfer, whole=False)
         node.scheduler.finished(fetch, Outcome.CANCELLED, self.now)
+
+    def _uploaded(self, transfer: Transfer, *, whole: bool) -> None:
+        if transfer.source < 0:
+            return
+        source = self.nodes[transfer.source]
+        began = source.uploads.pop(transfer, None)
+        if began is not None:
+            source.crowds.end(transfer.fetch.chunk, began, self.now, whole=whole)
 
     def _fail(self, transfer: Transfer, outcome: Outcome) -> None:
         node = self.nodes[transfer.to]

@@ -325,6 +325,32 @@ def test_without_a_free_slot_it_says_so_and_how_long_the_queue_is(shelf: Store, 
         assert server.stats().busy == 2
 
 
+def test_a_chunk_that_two_nodes_get_slowly_is_left_to_them_but_not_by_what_comes_before(
+    shelf: Store, large: Held
+) -> None:
+    """Else a slow node sends the chunk that only it has to all others at once, and all have it late."""
+
+    def refused(of: Class) -> bool:
+        with connection(server) as sock:
+            send_get(
+                sock, Ask("chunks", large.domain, large.id, 0, large.chunks).path, f"Headrace-Class: {of}"
+            )
+            head = sock.recv(12)
+            assert head in (b"HTTP/1.1 200", b"HTTP/1.1 503")
+            return head.endswith(b"503")
+
+    with (
+        PeerServer(shelf, OPEN, slots=8) as server,
+        slow_upload(server, large, "prestage"),
+        slow_upload(server, large, "prestage"),
+    ):
+        until(lambda: refused("prestage"))
+        assert not refused("demand")
+        with connection(server) as sock:
+            send_get(sock, Ask("chunks", large.domain, large.id, 1, 2).path, "Headrace-Class: prestage")
+            assert answer(sock)[0] == 200
+
+
 def read_open(server: PeerServer, one: Held, *, demand: bool = True) -> bytes:
     found = bytearray()
     asking(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import replace
 
 import pytest
@@ -51,6 +52,18 @@ def test_a_slow_node_does_not_hold_up_the_others(seed: int) -> None:
     result = simulate(replace(PRESETS["slow"], seed=seed))
     assert result.at(1.0) <= 1.4 * result.case.bound()
     assert result.unfinished == 0
+
+
+def test_what_only_a_slow_node_has_soon_comes_from_others() -> None:
+    """Taken from there by all others at once, it would be the last chunk of each of them."""
+    plain = PRESETS["slow"]
+    ends = []
+    for seed in range(8):
+        case = replace(plain, seed=seed, up=plain.up / 4, down=plain.down / 4, origin=plain.origin / 4)
+        world = World(replace(case, slow_rate=plain.slow_rate / 4))
+        world.run()
+        ends.append(max(node.finished for node in world.nodes if not node.slow))
+    assert statistics.mean(ends) <= 1.1 * replace(case, slow=0).bound()
 
 
 @pytest.mark.parametrize("seed", range(4))

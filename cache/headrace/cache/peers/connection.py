@@ -168,10 +168,14 @@ class Connection:
                 raise PeerMissing("this node does not have all of these chunks.")
             if serving.bandwidth.rate("peers", of) == 0:
                 raise self._busy(f"uploads of the class {of} are paused on this node.", 1.0)
-            if not serving.slots.take(of):
-                raise self._busy("all upload slots of this node are taken.", serving.until_free())
+            slot = serving.slots.take(of, (of, ask.id, ask.first))
+            if slot is None:
+                raise self._busy(
+                    "all upload slots of this node are taken, or enough nodes are getting this chunk from it.",
+                    serving.until_free(),
+                )
+            whole = False
             try:
-                begun = time.monotonic()
                 start, stop = one.grid.span(ask.first, ask.last)
                 self._send_head(HTTPStatus.OK, stop - start, {})
                 upload = Upload(self._sock, one.fileno(), serving.blocks, serving.limits.send)
@@ -190,10 +194,11 @@ class Connection:
                     raise _Failed from error
                 if start < stop:
                     return False  # a body that is cut short can only be told from a whole one by its end
-                serving.counts.done(of, time.monotonic() - begun)
+                whole = True
+                serving.counts.done(of)
                 return not closes
             finally:
-                serving.slots.give(of)
+                serving.slots.give(slot, whole=whole)
 
     def _busy(self, sentence: str, seconds: float) -> PeerBusy:
         with self._serving.counts.lock:

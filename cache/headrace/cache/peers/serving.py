@@ -43,17 +43,14 @@ class Counts:
         self.uploads: dict[Class, int] = dict.fromkeys(CLASSES, 0)
         self.busy = 0
         self.refused = 0
-        self.seconds = 0.1
-        """How long an upload takes, smoothed."""
 
     def add(self, of: Class, size: int) -> None:
         with self.lock:
             self.sent[of] += size
 
-    def done(self, of: Class, seconds: float) -> None:
+    def done(self, of: Class) -> None:
         with self.lock:
             self.uploads[of] += 1
-            self.seconds += (seconds - self.seconds) / 8
 
 
 class Serving:
@@ -86,4 +83,4 @@ class Serving:
 
     def until_free(self) -> float:
         """Seconds after which one is likely to be free."""
-        return min(_MOST_WAIT, max(_LEAST_WAIT, self.counts.seconds / self.slots.count))
+        return min(_MOST_WAIT, max(_LEAST_WAIT, self.slots.seconds / self.slots.count))

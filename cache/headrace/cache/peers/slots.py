@@ -3,8 +3,21 @@
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Hashable
+from dataclasses import dataclass
 
 from headrace.cache.bandwidth import CLASSES, Class
+from headrace.cache.policy.crowds import Crowds
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """One upload: of which class, of which chunk, since when."""
+
+    of: Class
+    chunk: Hashable
+    began: float
 
 
 class Slots:
@@ -16,6 +29,7 @@ class Slots:
 
     def __init__(self, count: int) -> None:
         self._count = count
+        self._crowds = Crowds()
         self._lock = threading.Lock()
         self._busy = dict.fromkeys(CLASSES, 0)
 
@@ -32,15 +46,28 @@ class Slots:
         """Uploads of a class under way."""
         return self._busy[of]
 
-    def take(self, of: Class) -> bool:
-        """A slot, which `give` gives back; False when none is free."""
-        with self._lock:
-            taken = self._busy["demand"] + (self._busy["prestage"] if of == "prestage" else 0)
-            if taken >= self._count:
-                return False
-            self._busy[of] += 1
-            return True
+    @property
+    def seconds(self) -> float:
+        """How long an upload takes, smoothed."""
+        return self._crowds.seconds
 
-    def give(self, of: Class) -> None:
+    def take(self, of: Class, chunk: Hashable) -> Slot | None:
+        """A slot, which `give` gives back; None when none is free, or enough other nodes are getting that chunk.
+
+        Args:
+            chunk: what is one chunk to this class of uploads.
+        """
         with self._lock:
-            self._busy[of] -= 1
+            now = time.monotonic()
+            taken = self._busy["demand"] + (self._busy["prestage"] if of == "prestage" else 0)
+            if taken >= self._count or self._crowds.full(chunk, now):
+                return None
+            self._busy[of] += 1
+            self._crowds.begin(chunk, now)
+            return Slot(of, chunk, now)
+
+    def give(self, slot: Slot, *, whole: bool) -> None:
+        """An upload has ended; `whole`: with all of its chunk."""
+        with self._lock:
+            self._busy[slot.of] -= 1
+            self._crowds.end(slot.chunk, slot.began, time.monotonic(), whole=whole)

@@ -1,0 +1,40 @@
+"""To how many nodes one chunk goes at once."""
+
+from __future__ import annotations
+
+from headrace.cache.policy.crowds import SLOW, TOGETHER, Crowds
+
+
+def test_quick_uploads_go_to_all_that_ask() -> None:
+    crowds = Crowds()
+    for _ in range(50):
+        assert not crowds.full("a", 1.0)
+        crowds.begin("a", 1.0)
+    for _ in range(50):
+        crowds.end("a", 1.0, 1.0 + SLOW / 2, whole=True)
+    crowds.begin("a", 2.0)
+    crowds.begin("a", 2.0)
+    assert not crowds.full("a", 2.0 + SLOW / 2)
+
+
+def test_who_uploads_slowly_gives_a_chunk_to_two_at_once_and_another_chunk_to_others() -> None:
+    crowds = Crowds()
+    for _ in range(TOGETHER):
+        assert not crowds.full("a", 0.0)
+        crowds.begin("a", 0.0)
+    assert crowds.full("a", SLOW * 1.01)  # no upload has ended yet
+    assert not crowds.full("b", SLOW * 1.01)
+    crowds.end("a", 0.0, 10.0, whole=True)
+    assert not crowds.full("a", 10.0)
+    crowds.begin("a", 10.0)
+    assert crowds.full("a", 10.0)
+    crowds.begin("b", 10.0)
+    crowds.begin("b", 10.0)
+    assert crowds.full("b", 10.0)  # it is known by now
+
+
+def test_an_upload_that_was_broken_off_says_nothing_of_the_speed() -> None:
+    crowds = Crowds()
+    crowds.begin("a", 0.0)
+    crowds.end("a", 0.0, 100.0, whole=False)
+    assert crowds.seconds < SLOW
