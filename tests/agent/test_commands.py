@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,17 @@ def test_staging_through_the_agent_is_staging_alone(
     # Who says so stages alone all the same.
     before = len(jobs(agent))
     through("stage", model, "--no-agent")
+    assert len(jobs(agent)) == before
+
+
+def test_whose_store_is_another_one_by_default_is_told_that_the_agent_is_not_asked(
+    agent: RunningAgent, model: Path, tmp_path: Path
+) -> None:
+    before = len(jobs(agent))
+    elsewhere = replace(agent.commands(), root=tmp_path / "other")
+    said = elsewhere("stage", model).err
+    assert f"its store is {agent.command.root}, and here it is {elsewhere.root} (--root)" in said
+    assert "not asked" not in elsewhere("--root", tmp_path / "named", "stage", model).stderr
     assert len(jobs(agent)) == before
 
 

@@ -45,7 +45,12 @@ def staging_job(call: Invocation, request: StageRequest, progress: Progress, *, 
     settings = call.settings()
     root = Path(os.path.abspath(call.root or settings.root or default_root()))
     try:
-        if not same_store(client.ask("GET", "/v1/agent"), root):
+        status = client.ask("GET", "/v1/agent")
+        if not same_store(status, root):
+            # Unless it was named: who has an agent mostly means the agent's store.
+            if call.root is None:
+                theirs = status.get("store", {}).get("root")
+                call.say(f"the agent is not asked: its store is {theirs}, and here it is {root} (--root).")
             return StagingJob(request, progress)
         return RemoteJob(client, request, progress, settings, root)
     except Unsuited as why:
