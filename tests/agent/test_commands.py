@@ -70,7 +70,7 @@ def test_whose_store_is_another_one_by_default_is_told_that_the_agent_is_not_ask
     elsewhere = replace(agent.commands(), root=tmp_path / "other")
     said = elsewhere("stage", model).err
     assert f"its store is {agent.command.root}, and here it is {elsewhere.root} (--root)" in said
-    assert "not asked" not in elsewhere("--root", tmp_path / "named", "stage", model).stderr
+    assert "not asked" not in elsewhere("stage", model, "--root", tmp_path / "named").err
     assert len(jobs(agent)) == before
 
 

@@ -96,7 +96,8 @@ def _about_job(job: Job) -> list[str]:
 def _about_cluster(cluster: dict[str, Any]) -> list[str]:
     if not cluster.get("enabled"):
         return ["no other node is asked: [peers] says nowhere to listen"]
-    said = [f"{len(cluster.get('members', ()))} other nodes are known"]
+    known = len(cluster.get("members", ()))
+    said = ["1 other node is known" if known == 1 else f"{known} other nodes are known"]
     if cluster.get("degraded"):
         said.append(
             "the tracker cannot be reached: nodes ask each other, and each chunk has an owner who reads it"
