@@ -26,7 +26,10 @@ for i = 1, missing do
   local column = call('HGET', nodes, 'n:' .. ARGV[3 + i])
   if column then set(chunks[gained + lost + i], tonumber(column), '0') end
 end
-for i = 1, gained do set(chunks[i], slot, '1') end
+for i = 1, gained do  -- as `set`: there are many
+  bits[n + 1], bits[n + 2], bits[n + 3], bits[n + 4] = 'SET', 'u1', format('%d', chunks[i] * stride + slot), '1'
+  n = n + 4
+end
 if n > 0 then
   call('BITFIELD', rows, unpack(bits))
   call('PEXPIRE', rows, lifetime, 'NX')  -- it may be new

@@ -27,19 +27,24 @@ local function read(rows, stride, chunks, from, to, seed)
   local size = stride / 8
   local found, n, parts, absent = {}, 0, {}, {}
   local width = math.min(size, LONGEST)
+  local nobody = string.rep('\0', width)
+  local last = size - 1
   for i = from, to do
     local row, part
     if size <= LONGEST then
       local start = chunks[i] * size
-      row = call('GETRANGE', rows, format('%d', start), format('%d', start + size - 1))
-      if not find(row, '[^%z]') then row = nil end
+      row = call('GETRANGE', rows, format('%d', start), format('%d', start + last))
+      if #row < width then row = row .. string.rep('\0', width - #row) end
+      if row == nobody then row = nil end  -- the same string: nothing is compared
     else
       row, part = part_of(rows, size, chunks[i], (seed + i * 40503) % (size / LONGEST))
-      if row then parts[#parts + 1] = string.char(part) end
+      if row then
+        parts[#parts + 1] = string.char(part)
+        if #row < width then row = row .. string.rep('\0', width - #row) end
+      end
     end
     if row then
       n = n + 1
-      if #row < width then row = row .. string.rep('\0', width - #row) end
       found[n] = row
     else
       absent[#absent + 1] = i
