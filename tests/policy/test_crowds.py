@@ -33,6 +33,16 @@ def test_who_uploads_slowly_gives_a_chunk_to_two_at_once_and_another_chunk_to_ot
     assert crowds.full("b", 10.0)  # it is known by now
 
 
+def test_slow_receivers_do_not_make_a_slow_sender() -> None:
+    crowds = Crowds()
+    for number in range(6):
+        crowds.begin(number, 0.0)
+        crowds.end(number, 0.0, 20.0 if number else SLOW / 2, whole=True)
+    crowds.begin("a", 20.0)
+    crowds.begin("a", 20.0)
+    assert not crowds.full("a", 40.0)
+
+
 def test_an_upload_that_was_broken_off_says_nothing_of_the_speed() -> None:
     crowds = Crowds()
     crowds.begin("a", 0.0)

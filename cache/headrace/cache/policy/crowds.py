@@ -6,6 +6,7 @@ on from those. Where uploads are quick, that would only be more to say.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Hashable
 
 SLOW = 0.25
@@ -16,6 +17,7 @@ TOGETHER = 2
 
 _FIRST = 0.1
 _WEIGHT = 1 / 8
+_RECENT = 8
 
 
 class Crowds:
@@ -27,12 +29,16 @@ class Crowds:
 
     def __init__(self) -> None:
         self.seconds = _FIRST
+        self._recent: deque[float] = deque(maxlen=_RECENT)
         self._since: dict[Hashable, list[float]] = {}
 
     def full(self, chunk: Hashable, now: float) -> bool:
         """Whether who asks for a chunk should rather get it from somebody else, soon."""
         since = self._since.get(chunk, [])
-        return len(since) >= TOGETHER and (self.seconds > SLOW or now - since[0] > SLOW)
+        if len(since) < TOGETHER:
+            return False
+        # The quickest of some: a slow receiver does not make a slow sender.
+        return min(self._recent, default=now - since[0]) > SLOW
 
     def begin(self, chunk: Hashable, now: float) -> None:
         """An upload begins."""
@@ -45,4 +51,5 @@ class Crowds:
         if not since:
             del self._since[chunk]
         if whole:
+            self._recent.append(now - began)
             self.seconds += (now - began - self.seconds) * _WEIGHT
