@@ -24,10 +24,9 @@ _SYS_CACHESTAT = 451  # Linux 6.5, the same number on every architecture
 _SAMPLES = 16
 _SAMPLE_DISTANCE = 2 * 1024 * 1024  # samples are not taken closer than this
 _PARTS, _PART = 64, 512 * 1024  # of a range of which only parts are asked about
-_ASKED = (
-    1024 * 1024
-)  # of one call the kernel takes no more than a request of the device, which is at least this
 _GOLDEN = 0.618033988749895
+_ASKED = 512 * 1024
+"""Bytes that the kernel is asked for at once: of more it may take only as much as one request of the device."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
