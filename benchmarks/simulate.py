@@ -25,7 +25,7 @@ from benchmarks.simulator.world import World
 from headrace.cache.errors import UsageError
 
 GROWTH = (10, 30, 100, 300, 1000, 3000, 10000)
-CHUNKS = 4_200_000
+CHUNKS = 1_400_000
 """Chunks that all nodes of one run of `--growth` get together, at most: larger clusters have fewer, larger ones."""
 
 

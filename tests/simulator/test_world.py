@@ -122,7 +122,7 @@ def test_larger_clusters_have_fewer_chunks() -> None:
     case = growth(PRESETS["large"], 10_000)
     assert case.nodes == 10_000
     assert case.model == PRESETS["large"].model
-    assert len(case.sizes()) == 420
+    assert len(case.sizes()) == 140
     assert growth(PRESETS["large"], 100) == replace(PRESETS["large"], nodes=100)
 
 
