@@ -144,20 +144,12 @@ def bare_threads(task: Task) -> Result:
 
 def headrace(task: Task) -> Result:
     """`stage` into an empty store."""
+    from benchmarks.marks import Sampled
+
     from headrace.cache import origins, stager, staging  # noqa: F401
     from headrace.cache.origins import http_listing, obstore, web  # noqa: F401
     from headrace.cache.prepare import StageRequest
-    from headrace.cache.progress import Progress
     from headrace.cache.stager import StagerLimits
-
-    class Sampled(Progress):
-        """Takes the cost of the moment at every mark; the last one stays."""
-
-        at_last_mark: Cost | None = None
-
-        def add(self, source: str, size: int, chunks: int = 1) -> None:
-            super().add(source, size, chunks)
-            self.at_last_mark = now()
 
     source = f"s3://{task.bucket}/{task.prefix}" if task.bucket else f"{task.url}/{task.prefix}"
     progress = Sampled()

@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 GB = 1e9
 _TICK = os.sysconf("SC_CLK_TCK")
@@ -82,6 +83,12 @@ def pretouch(folder: Path, size: int) -> None:
     finally:
         os.close(fd)
         path.unlink()
+
+
+def redis_cpu(client: Any) -> float:
+    """Seconds of CPU of a Redis server so far, all of its process."""
+    info = client.info("cpu")
+    return float(info["used_cpu_user"]) + float(info["used_cpu_sys"])
 
 
 def machine(*folders: str | os.PathLike[str]) -> str:

@@ -202,21 +202,13 @@ def fetch(role: Role) -> Cost:
 
 def stage(role: Role) -> Cost:
     """A whole staging run that takes part in a cluster of two: from its start until the last chunk is marked."""
+    from benchmarks.marks import Sampled
+
     from headrace.cache import origins, stager, staging, swarm  # noqa: F401
     from headrace.cache.cluster import ClusterSettings
     from headrace.cache.peers.security import SecurityFiles
     from headrace.cache.prepare import StageRequest
-    from headrace.cache.progress import Progress
     from headrace.cache.tracker.protocol import Peer
-
-    class Sampled(Progress):
-        """Takes the cost of the moment at every mark; the last one stays."""
-
-        at_last_mark: Cost | None = None
-
-        def add(self, source: str, size: int, chunks: int = 1) -> None:
-            super().add(source, size, chunks)
-            self.at_last_mark = now()
 
     if role.touch:
         Path(role.target).mkdir()

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 import redis
-from benchmarks.measure import machine
+from benchmarks.measure import machine, redis_cpu
 from support.redis_server import BINARY, RedisServer
 from support.trackers import valkey_binary
 
@@ -143,13 +143,13 @@ class Bench:
         best: tuple[float, float, int] | None = None
         for _ in range(rounds or self.rounds):
             todo = list(calls() if callable(calls) else calls)
-            before = self._processor()
+            before = redis_cpu(self.client)
             self.client.config_resetstat()
             for call in todo:
                 await call
             stats = self.client.info("commandstats")
             scripts = [stats[key]["usec"] for key in ("cmdstat_evalsha", "cmdstat_eval") if key in stats]
-            one = (sum(scripts) / len(todo), (self._processor() - before) * 1e6 / len(todo), len(todo))
+            one = (sum(scripts) / len(todo), (redis_cpu(self.client) - before) * 1e6 / len(todo), len(todo))
             best = one if best is None else (min(best[0], one[0]), min(best[1], one[1]), one[2])
         assert best is not None
         row = Row(self.name, name, best[2], best[0], best[1])
@@ -172,7 +172,7 @@ class Bench:
                 me = self.peers[self.random.randrange(len(self.peers))].id
                 requests.append(("EVALSHA", code.sha, len(keys), *keys, me, *packed))
             encoded = [connections[0].pack_command(*request) for request in requests]
-            before = self._processor()
+            before = redis_cpu(self.client)
             self.client.config_resetstat()
             for at in range(0, calls, CONNECTIONS):
                 batch = list(zip(connections, encoded[at : at + CONNECTIONS], strict=False))
@@ -183,15 +183,11 @@ class Bench:
             stats = self.client.info("commandstats")["cmdstat_evalsha"]
             best = (
                 min(best[0], stats["usec"] / calls),
-                min(best[1], (self._processor() - before) * 1e6 / calls),
+                min(best[1], (redis_cpu(self.client) - before) * 1e6 / calls),
             )
         row = Row(self.name, name, calls, *best, CLAIMED if self.name == "redis" else None)
         show(row)
         return row
-
-    def _processor(self) -> float:
-        info = self.client.info("cpu")
-        return float(info["used_cpu_user"]) + float(info["used_cpu_sys"])
 
 
 def in_memory(nodes: int, chunks: int, calls: int) -> Row:

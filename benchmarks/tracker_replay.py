@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 import redis
+from benchmarks.measure import redis_cpu
 from benchmarks.simulate import simulate
 from benchmarks.simulator.case import PRESETS
 from benchmarks.simulator.record import recorded
@@ -100,7 +101,7 @@ def replay(path: Path, server: RedisServer, since: float, until: float) -> Repla
             if call.at >= since:
                 if began is None:
                     client.config_resetstat()
-                    before, memory = _processor(client), client.info("memory")["used_memory"]
+                    before, memory = redis_cpu(client), client.info("memory")["used_memory"]
                     began = time.monotonic() - call.at
                 ahead = call.at - (time.monotonic() - began)
                 late = max(late, -ahead)
@@ -127,7 +128,7 @@ def replay(path: Path, server: RedisServer, since: float, until: float) -> Repla
         for connection, waits in zip(connections, asked, strict=True):
             if waits:
                 connection.read_response()
-        spent = _processor(client) - before
+        spent = redis_cpu(client) - before
         stats = client.info("commandstats")["cmdstat_evalsha"]
         grown = client.info("memory")["used_memory"] - memory
         return Replayed(last - since, spent, stats["usec"] / 1e6, grown, said, gained, wanted, late)
@@ -143,11 +144,6 @@ async def _join(settings: TrackerSettings, peers: list[Peer], swarm: Swarm) -> N
         await tracker.register(peer, JOIN)
         await tracker.exchange(swarm, Exchange())
         await tracker.close()
-
-
-def _processor(client: redis.Redis) -> float:
-    info = client.info("cpu")
-    return float(info["used_cpu_user"]) + float(info["used_cpu_sys"])
 
 
 def main() -> int:

@@ -13,9 +13,9 @@ from benchmarks.simulator.case import Case, llama
 from benchmarks.simulator.curve import Curve, Tensors
 from benchmarks.simulator.links import Link, Network, Queued, Shared, Transfer
 
-from headrace.cache.policy.crowds import Crowds
 from headrace.cache.policy.fetch import Fetch, Outcome
 from headrace.cache.policy.scheduler import Scheduler
+from headrace.cache.policy.uploads import Uploads
 from headrace.cache.tracker.memory import MemorySwarms
 from headrace.cache.tracker.protocol import Answer, Exchange, Peer, Swarm
 
@@ -34,14 +34,13 @@ class Node:
 
     Attributes:
         flying: its transfers, by their number in the policy.
-        uploads: transfers from it, and when they began; crowds: the same by chunk.
+        uploads: transfers from it, and when they began; uploading: the same by chunk.
         wake_at: when it is looked at next if nothing happens to it.
         finished: when it had everything; infinite before.
         here: chunks that it has, verified.
     """
 
     __slots__ = (
-        "crowds",
         "curve",
         "dead",
         "down",
@@ -54,6 +53,7 @@ class Node:
         "scheduler",
         "slow",
         "up",
+        "uploading",
         "uploads",
         "wake_at",
         "warm",
@@ -69,7 +69,7 @@ class Node:
         self.scheduler: Scheduler
         self.flying: dict[int, Transfer] = {}
         self.uploads: dict[Transfer, float] = {}
-        self.crowds = Crowds()
+        self.uploading = Uploads()
         self.wake_at = inf
         self.joined = 0.0
         self.finished = inf
@@ -275,11 +275,11 @@ class World:
         trip = case.latency if source.zone == node.zone else case.far
         if source.dead:
             self._later(now + trip, self._fail, transfer, _FAILED)
-        elif len(source.uploads) >= case.slots or source.crowds.full(chunk, now):
+        elif len(source.uploads) >= case.slots or source.uploading.full(chunk, now):
             self._later(now + trip, self._fail, transfer, _BUSY)
         else:
             source.uploads[transfer] = now
-            source.crowds.begin(chunk, now)
+            source.uploading.begin(chunk, now)
             links: tuple[Link, ...] = (source.up, node.down)
             if self._out and source.zone != node.zone:
                 links = (source.up, self._out[source.zone], self._in[node.zone], node.down)
@@ -329,7 +329,7 @@ class World:
         source = self.nodes[transfer.source]
         began = source.uploads.pop(transfer, None)
         if began is not None:
-            source.crowds.end(transfer.fetch.chunk, began, self.now, whole=whole)
+            source.uploading.end(transfer.fetch.chunk, began, self.now, whole=whole)
 
     def _fail(self, transfer: Transfer, outcome: Outcome) -> None:
         node = self.nodes[transfer.to]

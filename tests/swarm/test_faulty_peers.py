@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 from support.faulty_relay import MODES
 from support.faulty_server import FaultyServer
 from support.models import below, published, small_model
-from support.swarm import relay, stage_together
+from support.swarm import Node, relay, stage_together
 from swarm.conftest import Make
 
 from headrace.cache.peers.client import PeerTimeouts
 from headrace.cache.policy.limits import Limits
+from headrace.cache.staging import StagingJob
 
 MODEL = small_model()
 SIZE = sum(map(len, MODEL.values()))
@@ -62,49 +65,45 @@ def test_a_faulty_peer_beside_a_good_one_costs_the_origin_nothing(make: Make, mo
             assert job.progress.counts["peers_left_alone"] > 0
 
 
-def test_a_transfer_that_stalls_gets_company(make: Make) -> None:
-    """Nothing else would end it."""
+@contextmanager
+def stalling(make: Make, hedge: float) -> Iterator[tuple[Node, StagingJob]]:
+    """A node about to stage what two others hold, one of which stalls: nothing but a second try would end that."""
     patient = PeerTimeouts(connect=600.0, first_byte=600.0, stall=600.0)
     with FaultyServer(below("model", MODEL)) as server:
         good, faulty = make(), make()
-        node = make(limits=Limits(hedge=0.2, hedge_share=1.0), timeouts=patient)
+        node = make(limits=Limits(hedge=hedge, hedge_share=1.0), timeouts=patient)
         reference = f"{server.url}/model"
         stage_together([good, faulty], reference)
         with relay("stall", faulty.address) as address:
             faulty.known_as(address)
             faulty.announce()
-            job = node.job(reference)
-            report = job.start().wait()
-        assert report.sources == {"origin": 0, "peer": SIZE, "local": 0}
-        assert node.files() == MODEL
-        assert job.progress.counts["second_tries"] > 0
+            yield node, node.job(reference)
+
+
+def test_a_transfer_that_stalls_gets_company(make: Make) -> None:
+    with stalling(make, hedge=0.2) as (node, job):
+        report = job.start().wait()
+    assert report.sources == {"origin": 0, "peer": SIZE, "local": 0}
+    assert node.files() == MODEL
+    assert job.progress.counts["second_tries"] > 0
 
 
 def test_a_transfer_that_stalls_gets_company_when_somebody_comes_to_wait_for_it(make: Make) -> None:
-    patient = PeerTimeouts(connect=600.0, first_byte=600.0, stall=600.0)
-    with FaultyServer(below("model", MODEL)) as server:
-        good, faulty = make(), make()
-        node = make(limits=Limits(hedge=0.1, hedge_share=1.0), timeouts=patient)
-        reference = f"{server.url}/model"
-        stage_together([good, faulty], reference)
-        with relay("stall", faulty.address) as address:
-            faulty.known_as(address)
-            faulty.announce()
-            job = node.job(reference)
-            job.set_pace("prestage", {})
-            job.start()
-            done = -1
-            while job.progress.done != done or not done:
-                done = job.progress.done
-                time.sleep(0.5)
-            # All that is left hangs, for as long as nobody waits.
-            assert not job.ended
-            assert job.progress.counts["second_tries"] == 0
-            job.set_pace("demand", {})
-            report = job.wait()
-        assert report.sources == {"origin": 0, "peer": SIZE, "local": 0}
-        assert node.files() == MODEL
-        assert job.progress.counts["second_tries"] > 0
+    with stalling(make, hedge=0.1) as (node, job):
+        job.set_pace("prestage", {})
+        job.start()
+        done = -1
+        while job.progress.done != done or not done:
+            done = job.progress.done
+            time.sleep(0.5)
+        # All that is left hangs, for as long as nobody waits.
+        assert not job.ended
+        assert job.progress.counts["second_tries"] == 0
+        job.set_pace("demand", {})
+        report = job.wait()
+    assert report.sources == {"origin": 0, "peer": SIZE, "local": 0}
+    assert node.files() == MODEL
+    assert job.progress.counts["second_tries"] > 0
 
 
 def test_a_node_that_died_is_done_without(make: Make) -> None:

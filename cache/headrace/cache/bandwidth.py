@@ -130,21 +130,18 @@ class Bandwidth:
 
 
 class Allowance:
-    """One transfer's share: how much it may move next.
+    """One upload's share: how much it may send next.
 
     While its class has no limit that is everything that is left: it asks again as soon as it has to wait for the
     other side, so a limit that comes soon holds.
     """
 
-    def __init__(
-        self, bandwidth: Bandwidth, of: Class, stop: Callable[[], bool], kind: Kind = "peers"
-    ) -> None:
+    def __init__(self, bandwidth: Bandwidth, of: Class, stop: Callable[[], bool]) -> None:
         """
         Args:
             stop: ends the waiting for more.
         """
         self._bandwidth = bandwidth
-        self._kind: Kind = kind
         self._of: Class = of
         self._stop = stop
         self._taken = 0
@@ -153,10 +150,10 @@ class Allowance:
         """How many of `left` bytes may move now; 0 when `stop` came true."""
         if self._taken:
             return self._taken
-        if self._bandwidth.rate(self._kind, self._of) is None:
+        if self._bandwidth.rate("peers", self._of) is None:
             return left
         size = min(left, PIECE)
-        if not self._bandwidth.take(self._kind, self._of, size, self._stop):
+        if not self._bandwidth.take("peers", self._of, size, self._stop):
             return 0
         self._taken = size
         return size

@@ -168,7 +168,7 @@ class Connection:
                 raise PeerMissing("this node does not have all of these chunks.")
             if serving.bandwidth.rate("peers", of) == 0:
                 raise self._busy(f"uploads of the class {of} are paused on this node.", 1.0)
-            slot = serving.slots.take(of, (of, ask.id, ask.first))
+            slot = serving.slots.take(of, (ask.id, ask.first))
             if slot is None:
                 raise self._busy(
                     "all upload slots of this node are taken, or enough nodes are getting this chunk from it.",

@@ -8,7 +8,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 
 from headrace.cache.bandwidth import CLASSES, Class
-from headrace.cache.policy.crowds import Crowds
+from headrace.cache.policy.uploads import Uploads
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class Slots:
 
     def __init__(self, count: int) -> None:
         self._count = count
-        self._crowds = Crowds()
+        self._uploads = Uploads()
         self._lock = threading.Lock()
         self._busy = dict.fromkeys(CLASSES, 0)
 
@@ -49,25 +49,22 @@ class Slots:
     @property
     def seconds(self) -> float:
         """How long an upload takes, smoothed."""
-        return self._crowds.seconds
+        return self._uploads.seconds
 
     def take(self, of: Class, chunk: Hashable) -> Slot | None:
-        """A slot, which `give` gives back; None when none is free, or enough other nodes are getting that chunk.
-
-        Args:
-            chunk: what is one chunk to this class of uploads.
-        """
+        """A slot, which `give` gives back; None when none is free, or enough other nodes are getting that chunk in
+        the same class."""
         with self._lock:
             now = time.monotonic()
             taken = self._busy["demand"] + (self._busy["prestage"] if of == "prestage" else 0)
-            if taken >= self._count or self._crowds.full(chunk, now):
+            if taken >= self._count or self._uploads.full((of, chunk), now):
                 return None
             self._busy[of] += 1
-            self._crowds.begin(chunk, now)
+            self._uploads.begin((of, chunk), now)
             return Slot(of, chunk, now)
 
     def give(self, slot: Slot, *, whole: bool) -> None:
         """An upload has ended; `whole`: with all of its chunk."""
         with self._lock:
             self._busy[slot.of] -= 1
-            self._crowds.end(slot.chunk, slot.began, time.monotonic(), whole=whole)
+            self._uploads.end((slot.of, slot.chunk), slot.began, time.monotonic(), whole=whole)

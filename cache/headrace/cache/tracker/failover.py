@@ -88,11 +88,17 @@ class FailoverTracker:
         """Whether this node works without Redis now."""
         return self._degraded
 
+    @property
+    def _asked(self) -> Tracker:
+        """Redis, for one call, which is counted."""
+        self._called()
+        return self._redis
+
     # Members
 
     async def register(self, peer: Peer, seconds: float) -> bool:
         await self._without.register(peer, seconds)
-        again = await self._try(lambda: self._redis.register(peer, seconds))
+        again = await self._try(lambda: self._asked.register(peer, seconds))
         if again is None:
             return False
         # What was announced while Redis was away did not reach it.
@@ -101,11 +107,10 @@ class FailoverTracker:
 
     async def unregister(self) -> None:
         if not self._degraded:
-            self._called()
-            await self._redis.unregister()
+            await self._asked.unregister()
 
     async def members(self) -> list[Peer]:
-        found = await self._try(self._redis.members)
+        found = await self._try(lambda: self._asked.members())
         if found is None:
             return await self._without.members()
         self._know(found)
@@ -115,7 +120,7 @@ class FailoverTracker:
 
     async def announce(self, swarm: Swarm, have: bytes) -> None:
         async def said() -> bool:
-            await self._redis.announce(swarm, have)
+            await self._asked.announce(swarm, have)
             return True
 
         if await self._try(said) is None:
@@ -127,12 +132,11 @@ class FailoverTracker:
         if self._degraded:
             self._left.add(swarm)
         else:
-            self._called()
-            await self._redis.leave(swarm)
+            await self._asked.leave(swarm)
 
     async def exchange(self, swarm: Swarm, request: Exchange) -> Answer:
         self._left.discard(swarm)
-        answer = await self._try(lambda: self._redis.exchange(swarm, self._with_unsaid(swarm, request)))
+        answer = await self._try(lambda: self._asked.exchange(swarm, self._with_unsaid(swarm, request)))
         if answer is None:
             self._unsaid.setdefault(swarm, _Unsaid()).add(request)
             return await self._without.exchange(swarm, request)
@@ -141,7 +145,7 @@ class FailoverTracker:
         return answer
 
     async def look(self, swarm: Swarm, chunks: Sequence[int]) -> Answer:
-        answer = await self._try(lambda: self._redis.look(swarm, chunks))
+        answer = await self._try(lambda: self._asked.look(swarm, chunks))
         return await self._without.look(swarm, chunks) if answer is None else answer
 
     def _with_unsaid(self, swarm: Swarm, request: Exchange) -> Exchange:
@@ -156,31 +160,20 @@ class FailoverTracker:
 
     async def add_kin(self, key: str, snapshot_id: str) -> None:
         if not self._degraded:
-            self._called()
-            await self._redis.add_kin(key, snapshot_id)
+            await self._asked.add_kin(key, snapshot_id)
 
     async def kin(self, key: str) -> list[str]:
-        if self._degraded:
-            return []
-        self._called()
-        return await self._redis.kin(key)
+        return [] if self._degraded else await self._asked.kin(key)
 
     async def once(self, key: str, max_age: float, ask: Callable[[], Awaitable[bytes]]) -> bytes:
-        if self._degraded:
-            return await self._without.once(key, max_age, ask)
-        self._called()
-        return await self._redis.once(key, max_age, ask)
+        return await (self._without if self._degraded else self._asked).once(key, max_age, ask)
 
     async def remember(self, key: str, value: bytes, seconds: float) -> None:
         if not self._degraded:
-            self._called()
-            await self._redis.remember(key, value, seconds)
+            await self._asked.remember(key, value, seconds)
 
     async def recall(self, key: str) -> bytes | None:
-        if self._degraded:
-            return None
-        self._called()
-        return await self._redis.recall(key)
+        return None if self._degraded else await self._asked.recall(key)
 
     async def close(self) -> None:
         tasks = [task for task in (self._probing, self._meeting) if task is not None]
@@ -197,14 +190,12 @@ class FailoverTracker:
         if self._degraded:
             return None
         begun = time.monotonic()
-        self._called()
         try:
             return await call()
         except TrackerUnavailable as error:
             failed = error
         if time.monotonic() - begun < SLOW and not self._degraded:
             await asyncio.sleep(PAUSE * (0.5 + random.random()))
-            self._called()
             try:
                 return await call()
             except TrackerUnavailable as error:
@@ -227,9 +218,8 @@ class FailoverTracker:
         """Look whether Redis is there again, until it is."""
         while True:
             await asyncio.sleep(self._pause * (0.75 + random.random() / 2))
-            self._called()
             try:
-                self._know(await self._redis.members())
+                self._know(await self._asked.members())
             except TrackerUnavailable as error:
                 _log.debug("the tracker is still away: %s", error)
                 continue
@@ -241,8 +231,7 @@ class FailoverTracker:
             self._changed(False)
         left, self._left = self._left, set()
         for swarm in left:
-            self._called()
-            await self._redis.leave(swarm)
+            await self._asked.leave(swarm)
 
     def _meet(self) -> None:
         """Ask for the members now and then, to know them when Redis is gone."""
@@ -252,9 +241,8 @@ class FailoverTracker:
         self._meeting = asyncio.create_task(self._ask_members())
 
     async def _ask_members(self) -> None:
-        self._called()
         with suppress(TrackerUnavailable):
-            self._know(await self._redis.members())
+            self._know(await self._asked.members())
 
     def _know(self, members: list[Peer]) -> None:
         """Whom to go on with; an empty Redis does not make the others unknown."""

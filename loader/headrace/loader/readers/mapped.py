@@ -62,9 +62,9 @@ class MappedReader(FileReader):
     def fill(self, block: Block) -> None:
         began = time.perf_counter()
         fetched = self._ask and self._ask_for(block)
-        waits = _waits()
+        before = _major_faults()
         populate(self._image(0), block.start, block.stop, self.file.path)
-        if not self._ask and _waits() != waits:
+        if not self._ask and _major_faults() != before:
             self._ask = True  # what was looked at was in the page cache, not so what lies between
         if fetched and self._absent is not None:
             self._absent.record("mapped", block.stop - block.start, time.perf_counter() - began)
@@ -110,6 +110,6 @@ class MappedReader(FileReader):
         return [base + info[3] for info in picked(self.plan.infos, numbers)]
 
 
-def _waits() -> int:
+def _major_faults() -> int:
     """How often this thread has waited for a page that had to be read."""
     return resource.getrusage(resource.RUSAGE_THREAD).ru_majflt

@@ -17,11 +17,11 @@ from headrace.loader.source import SourceFile
 from headrace.loader.verify import FileCheck, Run
 from headrace.loader.views import copied, empty, make_views
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 _name = itemgetter(0)  # of a TensorInfo
 
 
-def picked(column: Sequence[T], numbers: Sequence[int]) -> Sequence[T]:
+def picked(column: Sequence[_T], numbers: Sequence[int]) -> Sequence[_T]:
     """What a column says of some tensors; `numbers` ascend, so as many as there are, are all."""
     return column if len(numbers) == len(column) else [column[number] for number in numbers]
 

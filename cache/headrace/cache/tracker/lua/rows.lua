@@ -34,16 +34,12 @@ local function read(rows, stride, chunks, from, to, seed)
     if size <= LONGEST then
       local start = chunks[i] * size
       row = call('GETRANGE', rows, format('%d', start), format('%d', start + last))
-      if #row < width then row = row .. string.rep('\0', width - #row) end
-      if row == nobody then row = nil end  -- the same string: nothing is compared
     else
       row, part = part_of(rows, size, chunks[i], (seed + i * 40503) % (size / LONGEST))
-      if row then
-        parts[#parts + 1] = string.char(part)
-        if #row < width then row = row .. string.rep('\0', width - #row) end
-      end
+      if row then parts[#parts + 1] = string.char(part) end
     end
-    if row then
+    if row and #row < width then row = row .. string.rep('\0', width - #row) end
+    if row and row ~= nobody then  -- Lua has each string once: no bytes are compared
       n = n + 1
       found[n] = row
     else

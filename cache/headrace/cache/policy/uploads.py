@@ -20,7 +20,7 @@ _WEIGHT = 1 / 8
 _RECENT = 8
 
 
-class Crowds:
+class Uploads:
     """A node's uploads under way, by chunk. Times are in seconds, of any one clock.
 
     Attributes:
